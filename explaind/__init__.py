@@ -4,7 +4,7 @@ Record a training loop with `trace`, open it with `open_run`, and write any pred
 an exact sum over training examples, steps and layers with `run.attribute(Query(…), by=…)`.
 """
 
-from explaind import errors, outputs, quadrature
+from explaind import averages, errors, optimizers, outputs, quadrature
 from explaind.attribution import Attribution, Closure
 from explaind.query import Query
 from explaind.recording.recorder import Recorder, trace
@@ -22,6 +22,8 @@ __all__ += [  # attribute
     "Attribution",
     "Closure",
     "Query",
+    "averages",
+    "optimizers",
     "outputs",
     "quadrature",
 ]

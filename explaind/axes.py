@@ -13,7 +13,7 @@ from explaind.run import Run
 
 __all__ = ["check_axes", "check_size", "select_layers", "select_steps"]
 
-_AXES = ("query", "example", "group", "step", "update_step", "layer", "parameter")
+_AXES = ("query", "example", "group", "step", "update_step", "token", "layer", "parameter")
 _EXCLUSIVE = (("example", "group"), ("step", "update_step"), ("layer", "parameter"))
 
 
@@ -34,6 +34,8 @@ def check_axes(by: Sequence[str]) -> tuple[str, ...]:
             raise ValueError(
                 f"by={axes} has both {one!r} and {two!r}: they are two ways to read one axis, ask for one."
             )
+    if "token" in axes and "update_step" in axes:
+        raise ValueError("by with 'token' goes with 'step', not 'update_step': tokens have no momentum buffers.")
     return axes
 
 
@@ -119,7 +121,7 @@ def check_size(sizes: Mapping[str, int], *, buffers: int) -> None:
         )
     if 16 * buffers > limit:
         raise ResultTooLargeError(
-            f"examples by update_step need a momentum buffer each, {16 * buffers / 2**30:.1f} GiB together; half of "
-            f"this machine's memory is {limit / 2**30:.1f} GiB. Use 'step' in place of 'update_step', groups=, or "
-            "examples=."
+            "examples by update_step need a momentum buffer each (and averaged weights a gradient for every query and "
+            f"step), {16 * buffers / 2**30:.1f} GiB together; half of this machine's memory is "
+            f"{limit / 2**30:.1f} GiB. Use 'step' in place of 'update_step', groups=, or examples=."
         )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from explaind.calls import named_tensors
 
 __all__ = ["Output", "log_prob", "logit", "loss", "margin", "value"]
 
@@ -26,14 +28,43 @@ class Output:
     num_classes: int = 0
     """Fewest classes that the model's output must have; 0 if it has none."""
 
-    def __call__(self, output: Tensor) -> Tensor:
+    part: str = ""
+    """Which tensor of the model's output is meant, if it returns several: a key, a position, or both, as in `"1.0"`."""
+
+    def of(self, part: str | int) -> Output:
+        """The same of one tensor of a model's output that has several, by its key or position.
+
+        Example:
+            >>> both = {"logits": torch.tensor([[0.5, 2.0]]), "hidden": torch.zeros(1, 8)}
+            >>> outputs.logit([1]).of("logits")(both).item()
+            2.0
+        """
+        return replace(self, part=str(part))
+
+    def __call__(self, output: Any) -> Tensor:
         """The scalars `[row]` of a model output `[row, …]`.
 
         Raises:
             ValueError: the output or the targets have shapes or classes that do not fit.
         """
-        self.check(output)
-        return self.function(output, self.targets_for(len(output)).to(output.device))
+        tensor = self.pick(output)
+        self.check(tensor)
+        return self.function(tensor, self.targets_for(len(tensor)).to(tensor.device))
+
+    def pick(self, output: Any) -> Tensor:
+        """The tensor of the model's output that is meant.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        found = dict(named_tensors(output))
+        if self.part not in found:
+            asked = f"no {self.part!r}" if self.part else "several tensors, or none"
+            raise ValueError(
+                f"the output '{self.name}' is of one tensor, and the model returns {asked}: {', '.join(found)}. Name "
+                f"one, as in outputs.logit(targets).of({next(iter(found), 'logits')!r})."
+            )
+        return found[self.part]
 
     def check(self, output: Tensor) -> None:
         """Refuse an output that this function cannot pick from."""

@@ -88,7 +88,7 @@ class ParameterTable(Sequence[Parameter]):
         Axes before the last, `[…, element]`, are kept: `{name: […, *shape]}`.
         """
         front = flat.shape[:-1]
-        tensors = {p.name: flat[..., p.slice].reshape(*front, *p.shape) for p in self._parameters}
+        tensors = {p.name: flat[..., p.slice].reshape((*front, *p.shape)) for p in self._parameters}
         if trained_dtype:
             return {p.name: tensors[p.name].to(p.dtype) for p in self._parameters}
         return tensors

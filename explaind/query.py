@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from explaind.calls import take_apart, tensor_names
 from explaind.outputs import Output
 
 __all__ = ["Query"]
@@ -22,6 +23,8 @@ class Query:
         inputs: what the model is called with, rows first: a tensor, a tuple of positional arguments, or a
             mapping of keyword arguments.
         output: one of `explaind.outputs`, or a function from the model's output to scalars `[query]`.
+        forward: `forward(model, *inputs, **inputs)`, where the prediction is not simply what `model(…)` returns: of a
+            ModuleDict for instance `lambda parts, x: parts["decoder"](parts["encoder"](x))`.
 
     Raises:
         TypeError, ValueError: inputs without rows, of different lengths, or not matched by the output's targets.
@@ -32,8 +35,9 @@ class Query:
         ('mean',)
     """
 
-    inputs: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
-    output: Output | Callable[[Tensor], Tensor]
+    inputs: Tensor | tuple[Any, ...] | Mapping[str, Any]
+    output: Output | Callable[[Any], Tensor]
+    forward: Callable[..., Any] | None = None
     names: Sequence[Any] | None = None
     """A label per query; by default their positions."""
     weights: Tensor | None = None
@@ -61,17 +65,21 @@ class Query:
 
     @property
     def arguments(self) -> dict[str, Tensor]:
-        """The inputs keyed by argument: `"0"`, `"1"`, … by position, or by keyword."""
+        """The input tensors by name: `"0"`, `"1"`, … by position, or the keyword."""
+        return self.call[0]
+
+    @property
+    def call(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors by name, and how the model is called with them; see `explaind.calls.take_apart`."""
         inputs = self.inputs
-        named = (
-            dict(inputs)
-            if isinstance(inputs, Mapping)
-            else {str(i): x for i, x in enumerate(inputs if isinstance(inputs, (tuple, list)) else (inputs,))}
-        )
-        for name, tensor in named.items():
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"the query's input '{name}' must be a tensor, got {type(tensor).__name__}.")
-        return named
+        if isinstance(inputs, Mapping):
+            tensors, template = take_apart((), inputs)
+        else:
+            tensors, template = take_apart(tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {})
+        for name, entry in {**dict(enumerate(template["args"])), **template["kwargs"]}.items():
+            if not tensor_names({"args": [entry], "kwargs": {}}):
+                raise TypeError(f"the query's input '{name}' must be a tensor, or a list, tuple or dict of tensors.")
+        return tensors, template
 
     @property
     def num_inputs(self) -> int:

@@ -12,11 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from explaind.errors import DamagedStoreError, ModelMismatchError, StoreFormatError
+from explaind.calls import CallKind
+from explaind.errors import DamagedStoreError, ModelMismatchError, StoreFormatError, UnknownUpdateRuleError
 from explaind.optimizers import RULES, UpdateRule
 from explaind.parameters import ParameterTable, named_dtype
+from explaind.recording.calls import input_array, output_grad_array
 from explaind.recording.fixed import decode_fixed, fixed_tensors, module_types
 from explaind.recording.groups import group_settings
+from explaind.recording.state import StateTypes, read_state
 from explaind.store import StoreReader
 
 __all__ = ["Record", "RecordedCall"]
@@ -26,10 +29,12 @@ __all__ = ["Record", "RecordedCall"]
 class RecordedCall:
     """One forward call of a recorded step, as `recording.capture.ForwardCall` saw it."""
 
+    kind: CallKind
+    """What was called, and how."""
     inputs: dict[str, Tensor]
-    """Batched arguments `[row, …]`."""
-    output_grad: Tensor
-    """c_{k,s} = ∂L_s/∂f(x_k), `[row, …]`."""
+    """Its tensors `[row, …]` by name."""
+    output_grads: dict[str, Tensor]
+    """c_{k,s} = ∂L_s/∂f(x_k) of every output that the loss depends on, `[row, …]`; none with an objective."""
     examples: NDArray[np.int64]
     """Example id of every row."""
     rows: slice
@@ -38,8 +43,16 @@ class RecordedCall:
     """`module.training` of every module."""
     rng_state: NDArray[np.uint8]
     """Random number generators just before it."""
+    fixed_version: int
+    """Version of the buffers and frozen parameters just before it."""
     output_fingerprint: NDArray[np.float64]
     """Norm and sum of its output, `[2]`."""
+
+    @property
+    def output_grad(self) -> Tensor:
+        """The cotangent of a model that returns one tensor."""
+        (only,) = self.output_grads.values()
+        return only
 
 
 class Record:
@@ -52,10 +65,14 @@ class Record:
             self.table = ParameterTable.from_json(attributes["parameters"])
             self.optimizer: str = attributes["optimizer"]
             self._modules: dict[str, str] = attributes["modules"]
-            self._input_dtypes = {name: named_dtype(t) for name, t in attributes.get("inputs", {}).items()}
+            self._kinds, self._input_layouts = _read_calls(attributes)
             self._fixed_layout: list[dict[str, Any]] = attributes["fixed"]
             self._group_keys: list[str] = attributes["group_keys"]
             self._group_constants: list[dict[str, Any]] = attributes["groups"]
+            self._group_optimizers: list[str] = attributes.get(
+                "group_optimizers", [self.optimizer] * len(self._group_constants)
+            )
+            self._group_types: list[dict[str, str]] = attributes.get("group_types", [{}] * len(self._group_constants))
             self.device = torch.device(attributes["device"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise DamagedStoreError(f"the attributes of {path} are incomplete: {error!r}") from error
@@ -72,16 +89,17 @@ class Record:
         self.complete = self._store.commit.complete
         """Whether the recording ended in an orderly way; False while it goes on or if it was killed."""
         self.metadata: dict[str, Any] = attributes.get("metadata", {})
-        self.constants: dict[str, Any] = attributes.get("constants", {})
-        """Plain arguments that every forward call got."""
         self.stores_example_grads = attributes.get("example_grads") == "stored"
         self.unrecorded_state: list[str] = attributes.get("unrecorded_state", [])
-        """Names of optimizer state that has neither an entry per element nor one per parameter."""
-        self._model = model
+        """Names of optimizer state that is neither a number nor a real tensor, or changed its shape."""
+        self.state_types: StateTypes = attributes.get("state_types", {})
+        """Types and places of the state that does not have the usual ones."""
+        self._input_cache: dict[tuple[int, str], NDArray[Any]] = {}
+        self._model = getattr(model, "_orig_mod", model)  # of a compiled model the one that it was made of
         if model is not None:
             if not isinstance(model, nn.Module):
                 raise TypeError(f"model must be a torch.nn.Module such as make_model() returns; got {model!r}.")
-            self._check_model(model)
+            self._check_model(self.model)
 
     @property
     def model(self) -> nn.Module:
@@ -101,9 +119,30 @@ class Record:
         return np.unique(self._store.read("row_example", 0, int(rows)))
 
     @property
-    def rule(self) -> UpdateRule | None:
-        """The optimizer's update rule, if it is known."""
-        return RULES.get(self.optimizer)
+    def group_optimizers(self) -> list[str]:
+        """Full name of the optimizer class that owns each parameter group, `[group]`."""
+        return self._group_optimizers
+
+    @property
+    def rules(self) -> list[UpdateRule | None]:
+        """Update rule of each parameter group's optimizer, None if it is not known, `[group]`."""
+        return [RULES.get(name) for name in self.group_optimizers]
+
+    def require_rules(self) -> list[UpdateRule]:
+        """The update rules of all parameter groups.
+
+        Raises:
+            UnknownUpdateRuleError: an optimizer has none.
+        """
+        rules = self.rules
+        unknown = [name for name, rule in zip(self.group_optimizers, rules, strict=True) if rule is None]
+        if unknown:
+            raise UnknownUpdateRuleError(
+                f"the update of {', '.join(dict.fromkeys(unknown))} is not known as a linear filter, so it cannot be "
+                f"split over gradients and no example can be credited. Known are {', '.join(RULES)}; "
+                "explaind.optimizers.register adds one. by=('query', 'step', 'layer') works for any optimizer."
+            )
+        return [rule for rule in rules if rule is not None]
 
     @property
     def num_groups(self) -> int:
@@ -120,57 +159,43 @@ class Record:
         self._check_step(step, self.num_steps - 1)
         return torch.from_numpy(self._store.read("gradient", step, step + 1)[0])
 
-    def flat_state(self, name: str, snapshot: int) -> Tensor:
-        """An optimizer state tensor before step `snapshot` (S: after the last one), `[element]`."""
-        if not self._store.has(f"state/{name}"):
-            return torch.zeros(self.table.num_elements, dtype=self.table.dtype)
-        return torch.from_numpy(self._store.read(f"state/{name}", snapshot, snapshot + 1)[0])
-
     def state(self, snapshot: int) -> dict[str, dict[str, Tensor]]:
         """The optimizer's state `{parameter: {name: tensor}}` before step `snapshot`, with torch's names.
 
         A parameter has only the entries that it had in the loop.
         """
-        state: dict[str, dict[str, Tensor]] = {name: {} for name in self.table.names}
-        for key in self._store.names("state"):
-            tensors = self.table.unflatten(self.flat_state(key, snapshot), trained_dtype=True)
-            for name, present in zip(self.table.names, self.state_present(key, snapshot), strict=True):
-                if present:
-                    state[name][key] = tensors[name]
-        for key in self._store.names("state_scalar"):
-            numbers = self._store.read(f"state_scalar/{key}", snapshot, snapshot + 1)[0]
-            every = zip(self.table.names, numbers, self.state_present(key, snapshot), strict=True)
-            for name, number, present in every:
-                if present:
-                    state[name][key] = torch.tensor(float(number), dtype=torch.float32)
-        return state
+        return read_state(self._store, self.table, snapshot, self.state_types)
 
     def settings(self, step: int, group: int) -> dict[str, Any]:
         """Hyperparameters of a parameter group at a step, with torch's names."""
-        values = self._store.read("hyperparameters", step, step + 1)[0, group]
-        return group_settings(self._group_constants[group], self._group_keys, values)
+        values = self._store.read("hyperparameters", step, step + 1)[0]
+        return group_settings(self._group_constants, self._group_keys, self._group_types, values, group)
 
-    def gradient_scale(self, step: int) -> float:
-        """Factor between the backward pass's gradient and G_step (clipping, loss scaling)."""
-        return float(self._store.read("gradient_scale", step, step + 1)[0])
+    def gradient_rescaling(self, step: int) -> tuple[list[float], list[float]]:
+        """The numbers s and c of every parameter, by which G_step = clamp(s·g, −c, c) of the backward pass's g.
+
+        They are NaN where the recorder did not see g, so that only a replay can tell.
+        """
+        scale = self._store.read("gradient_scale", step, step + 1)[0]
+        limit = self._store.read("gradient_limit", step, step + 1)[0] if self._store.has("gradient_limit") else np.inf
+        scales, limits = np.broadcast_arrays(scale, limit, np.empty(len(self.table)))[:2]
+        return scales.tolist(), limits.tolist()
 
     @cached_property
     def updated(self) -> NDArray[np.bool_]:
         """Whether each parameter had a gradient at each step, `[step, parameter]`."""
         return self._store.read("updated", 0, self.num_steps)
 
-    def state_present(self, name: str, snapshot: int) -> NDArray[np.bool_]:
-        """Which parameters had this kind of optimizer state before step `snapshot`, `[parameter]`."""
-        if not self._store.has(f"state_present/{name}"):
-            return np.zeros(len(self.table), dtype=np.bool_)
-        present: NDArray[np.bool_] = self._store.read(f"state_present/{name}", snapshot, snapshot + 1)[0]
-        return present
-
     def fixed(self, snapshot: int) -> dict[str, Tensor]:
         """Buffers and frozen parameters before step `snapshot`, by name."""
         if not self._fixed_layout:
             return {}
-        version = int(self._store.read("snapshot_fixed", snapshot, snapshot + 1)[0])
+        return self.fixed_version(int(self._store.read("snapshot_fixed", snapshot, snapshot + 1)[0]))
+
+    def fixed_version(self, version: int) -> dict[str, Tensor]:
+        """A version of the buffers and frozen parameters, by name."""
+        if not self._fixed_layout:
+            return {}
         return decode_fixed(self._fixed_layout, self._store.read("fixed", version, version + 1)[0])
 
     def calls(self, step: int) -> list[RecordedCall]:
@@ -197,11 +222,12 @@ class Record:
         counts = self._store.read("call_rows") if len(self._call_steps) else np.empty(0, dtype=np.int64)
         return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
-    def mode_samples(self) -> list[tuple[int, int]]:
-        """One (step, call within it) for every combination of the modules' training modes that occurred."""
+    def call_samples(self) -> list[tuple[int, int]]:
+        """One (step, call within it) for every kind of call and combination of training modes that occurred."""
         if not len(self._call_steps):
             return []
-        _, calls = np.unique(self._store.read("training"), axis=0, return_index=True)
+        signs = np.concatenate([self._store.read("training"), self._call_kinds[:, None]], axis=1)
+        _, calls = np.unique(signs, axis=0, return_index=True)
         steps = [int(self._call_steps[call]) for call in calls]
         return [
             (step, int(call) - self._num_calls(step))
@@ -215,28 +241,65 @@ class Record:
 
     def _call(self, index: int) -> RecordedCall:
         start, stop = int(self._row_offsets[index]), int(self._row_offsets[index + 1])
+        number = int(self._call_kinds[index])
+        kind, layout = self._kinds[number]
         position = self._store.read("row_input", start, stop)
+        first = int(self._kind_offsets[index])
         return RecordedCall(
+            kind=kind,
             inputs={
-                name: torch.from_numpy(rows[position]).to(self._input_dtypes.get(name))
-                for name, rows in self._inputs.items()
+                name: torch.from_numpy(self._inputs(layout, name)[position]).to(dtype)
+                for name, dtype in self._input_layouts[layout].items()
             },
-            output_grad=torch.from_numpy(self._store.read("output_grad", start, stop)),
+            output_grads={
+                name: torch.from_numpy(
+                    self._store.read(output_grad_array(number, place, name), first, first + stop - start)
+                )
+                for place, name in enumerate(kind.outputs)
+            },
             examples=self._store.read("row_example", start, stop),
             rows=slice(start, stop),
             training=self._store.read("training", index, index + 1)[0],
             rng_state=self._store.read("rng_state", index, index + 1)[0],
+            fixed_version=self._call_fixed(index),
             output_fingerprint=self._store.read("output_fingerprint", index, index + 1)[0],
         )
 
-    @property
-    def input_names(self) -> list[str]:
-        """Names of the tensors that the model was called with: `"0"`, `"1"`, … by position, or keywords."""
-        return list(self._input_dtypes)
+    def _call_fixed(self, index: int) -> int:
+        if self._store.has("call_fixed"):
+            return int(self._store.read("call_fixed", index, index + 1)[0])
+        step = int(self._call_steps[index])
+        return int(self._store.read("snapshot_fixed", step, step + 1)[0])
 
     @cached_property
-    def _inputs(self) -> dict[str, NDArray[Any]]:
-        return {name: self._store.read(f"inputs/{name}") for name in self._store.names("inputs")}
+    def _call_kinds(self) -> NDArray[np.int64]:
+        """Number of each call's kind, `[call]`."""
+        if self._store.has("call_kind"):
+            return self._store.read("call_kind")
+        return np.zeros(len(self._call_steps), dtype=np.int64)
+
+    @cached_property
+    def _kind_offsets(self) -> NDArray[np.int64]:
+        """Number of rows of the same kind before each call, `[call]`."""
+        counts, offsets = np.diff(self._row_offsets), np.zeros(len(self._call_steps), dtype=np.int64)
+        for kind in np.unique(self._call_kinds):
+            members = self._call_kinds == kind
+            offsets[members] = np.cumsum(counts[members]) - counts[members]
+        return offsets
+
+    def _inputs(self, layout: int, name: str) -> NDArray[Any]:
+        if (layout, name) not in self._input_cache:
+            self._input_cache[layout, name] = self._store.read(input_array(layout, name))
+        return self._input_cache[layout, name]
+
+    @property
+    def uses_objective(self) -> bool:
+        """Whether an objective was recorded in place of cotangents."""
+        return any(kind.part is None for kind, _ in self._kinds)
+
+    def kinds_of(self, part: str) -> list[CallKind]:
+        """The kinds in which a part of the model was called."""
+        return [kind for kind, _ in self._kinds if kind.part == part]
 
     # ------------------------------------------------------------------ checks
 
@@ -269,3 +332,20 @@ class Record:
                     f"the module '{name}' is {given_type} in the model and {recorded_type} in the run at {self.path}. "
                     "Build the model as it was trained."
                 )
+
+
+def _read_calls(attributes: dict[str, Any]) -> tuple[list[tuple[CallKind, int]], list[dict[str, torch.dtype]]]:
+    """Every kind of call with the number of its input layout, and each layout's types by name."""
+    if "constants" in attributes:  # format 1 has one kind: tensors and plain data, and one output tensor
+        arguments = {name: {"tensor": name} for name in attributes["inputs"]}
+        arguments |= {name: {"value": value} for name, value in attributes["constants"].items()}
+        template = {
+            "args": [arguments[name] for name in sorted(filter(str.isdigit, arguments), key=int)],
+            "kwargs": {name: part for name, part in arguments.items() if not name.isdigit()},
+        }
+        kinds = [(CallKind(part="", template=template, outputs=("",), autocast=None), 0)]
+        layouts = [attributes["inputs"]]
+    else:
+        kinds = [(CallKind.from_json(kind), int(kind["inputs"])) for kind in attributes.get("call_kinds", [])]
+        layouts = attributes.get("input_layouts", [])
+    return kinds, [{name: named_dtype(dtype) for name, dtype in layout.items()} for layout in layouts]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from functools import cached_property
 from html import escape
 from pathlib import Path
@@ -17,6 +17,7 @@ from explaind.record import Record
 
 if TYPE_CHECKING:
     from explaind.attribution import Attribution
+    from explaind.averages import Average
     from explaind.path.verify import VerifyReport
     from explaind.quadrature import Quadrature
     from explaind.query import Query
@@ -24,27 +25,37 @@ if TYPE_CHECKING:
 __all__ = ["Run", "open_run"]
 
 
-def open_run(store: str | Path, model: nn.Module | None = None) -> Run:
+def open_run(
+    store: str | Path,
+    model: nn.Module | None = None,
+    *,
+    objective: Callable[[nn.Module, Any], Tensor] | None = None,
+) -> Run:
     """Open a recorded run for reading; also while it is still being written.
 
     Args:
         store: directory that `explaind.trace` wrote.
         model: a model of the recorded architecture. Its weights are ignored, and left as they are: all
             weights come from the store. Without it, what needs a forward pass is not possible.
+        objective: the function that `explaind.trace` was given, if any: a store holds no code.
 
     Raises:
         StoreFormatError: not a run, an empty one, or one in a newer format.
         DamagedStoreError: the store's metadata cannot be read.
         ModelMismatchError: the model's parameters or modules are not those recorded.
     """
-    return Run(Path(store), model)
+    return Run(Path(store), model, objective)
 
 
 class Run(Record):
     """The published steps of a recorded run; made by `open_run`."""
 
-    def __init__(self, path: Path, model: nn.Module | None) -> None:
+    def __init__(
+        self, path: Path, model: nn.Module | None, objective: Callable[[nn.Module, Any], Tensor] | None = None
+    ) -> None:
         super().__init__(path, model)
+        self.objective = objective
+        """The per-example losses `objective(model, batch)` that were recorded in place of cotangents, if any."""
         self.layers = default_layers(self.table.names)
 
     @property
@@ -111,13 +122,13 @@ class Run(Record):
 
     def _summary(self) -> dict[str, str]:
         size = sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
-        known = "" if self.rule else " (update rule not known: no example axis)"
+        known = "" if all(self.rules) else " (update rule not known: no example axis)"
         return {
             "run": str(self.path),
             "steps": f"{self.num_steps:,}" + ("" if self.complete else " so far (still recording, or interrupted)"),
             "examples": f"{len(self.examples):,}",
             "parameters": f"{self.table.num_elements:,} in {len(self.table)} tensors, {len(self.layers)} layers",
-            "optimizer": self.optimizer.rpartition(".")[2] + known,
+            "optimizer": " + ".join(dict.fromkeys(name.rpartition(".")[2] for name in self.group_optimizers)) + known,
             "size": f"{size / 2**20:,.1f} MiB",
         }
 
@@ -130,6 +141,7 @@ class Run(Record):
         examples: Sequence[int] | None = None,
         layers: Sequence[str] | None = None,
         groups: Mapping[int, Any] | Sequence[Any] | None = None,
+        average: Average | None = None,
         tolerance: float = 1e-6,
         quadrature: Quadrature | str = "adaptive",
         dtype: torch.dtype = torch.float64,
@@ -150,6 +162,8 @@ class Run(Record):
             examples: keep only these example ids.
             layers: keep only these layers (or parameters).
             groups: a label per example, for `by=(…, "group")`: a mapping by id or a sequence along `run.examples`.
+            average: explain averaged weights, one of `explaind.averages`, in place of the last ones: q(avg_S) for
+                q(θ_S). The path, and all that is said of it, then is the average's.
             tolerance: wanted quadrature error, as a part of the query's path length Σ_s |q(θ_{s+1}) − q(θ_s)|.
             quadrature: `"adaptive"`, or a rule from `explaind.quadrature`.
             dtype: type of gradients and products; the certificate is always float64.
@@ -188,6 +202,7 @@ class Run(Record):
             examples=examples,
             layers=layers,
             groups=groups,
+            average=average,
             tolerance=tolerance,
             quadrature=quadrature,
             dtype=dtype,

@@ -13,7 +13,8 @@ import itertools
 import json
 import shutil
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from explaind.errors import DamagedStoreError, RecordingError, StoreExistsError,
 
 __all__ = ["FORMAT_VERSION", "Commit", "StoreReader", "StoreWriter", "check_free", "free_path"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READABLE_VERSIONS = (1, 2)
 """Version of the on-disk format, counted apart from the package's."""
 
 _COMMIT_FILE = "commit.json"
@@ -35,6 +37,7 @@ _CHUNK_BYTES = 2 << 20
 _CHUNK_ROWS = 4096
 _CACHE_BYTES = 256 << 20
 _FLUSH_BYTES = 8 << 20
+_CONFIG: Any = {"write_empty_chunks": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,7 @@ class Commit:
     @classmethod
     def read(cls, store: Path) -> Commit:
         """Read the last published commit."""
+        _check_replaced(store)
         if not (store / _COMMIT_FILE).is_file():
             what = "no such directory" if not store.is_dir() else f"it has no {_COMMIT_FILE}"
             raise StoreFormatError(
@@ -112,19 +116,23 @@ class StoreWriter:
         """Add to the description of the run at the next flush."""
         self._new_attributes |= attributes
 
+    @property
+    def dims(self) -> Mapping[str, tuple[str, ...]]:
+        """Names of the dimensions of every array."""
+        return self._dims
+
+    def read_row(self, name: str, row: int) -> NDArray[Any]:
+        """A row that is written, whether or not it is published."""
+        return np.asarray(self._arrays[name][row])
+
     def flush(self, *, complete: bool = False) -> None:
         """Write all pending rows, then publish them.
 
         Raises:
             RecordingError: the disk is full. What was published before stays valid.
         """
-        try:
-            for name in list(self._pending):
-                self._append(name, np.concatenate(self._pending[name]))
-                del self._pending[name]
-            if self._new_attributes:
-                self._group.attrs.update(self._new_attributes)
-                self._new_attributes = {}
+        with self._need_room():
+            self._write_pending()
             lengths: dict[str, int] = {}
             for name, array in self._arrays.items():
                 if complete:
@@ -132,16 +140,87 @@ class StoreWriter:
                 dimension = self._dims[name][0]
                 lengths[dimension] = max(lengths.get(dimension, 0), self._lengths[name])
             Commit(lengths=lengths, arrays=sorted(self._arrays), complete=complete).write(self.path)
+
+    def rewrite(
+        self, changes: Mapping[str, Callable[[NDArray[Any], int], NDArray[Any]]], *, attributes: Mapping[str, Any]
+    ) -> None:
+        """Replace the store by one in which the rows of some arrays are others, as many as before.
+
+        It is written beside the store, block by block, and then takes its place: at any moment one of them is whole.
+        What is published stays so, and what is not stays so.
+
+        Args:
+            changes: by array, gives the new rows for some old ones and the index at which these begin.
+            attributes: what the description of the run says from now on.
+
+        Raises:
+            RecordingError: the disk is full. The store is as it was.
+        """
+        beside, aside = self.path.with_name(f"{self.path.name}.new.partial"), _aside(self.path)
+        shutil.rmtree(beside, ignore_errors=True)
+        with self._need_room():
+            self._write_pending()
+            try:
+                self._copy(beside, changes, attributes)
+            except BaseException:
+                shutil.rmtree(beside, ignore_errors=True)
+                raise
+        self.path.rename(aside)
+        beside.rename(self.path)
+        shutil.rmtree(aside)
+        self._group = zarr.open_group(self.path, mode="r+")
+        self._arrays = {
+            name: zarr.open_array(self.path, path=name, mode="r+").with_config(_CONFIG) for name in self._arrays
+        }
+
+    def _copy(
+        self,
+        path: Path,
+        changes: Mapping[str, Callable[[NDArray[Any], int], NDArray[Any]]],
+        attributes: Mapping[str, Any],
+    ) -> None:
+        changed = [name for name in self._arrays if name in changes]
+        left_out = {self.path / name for name in changed} | {self.path / _COMMIT_FILE}
+        for file in self.path.rglob("*"):
+            if file.is_file() and left_out.isdisjoint([file, *file.parents]):
+                copy = path / file.relative_to(self.path)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, copy)
+        group = zarr.open_group(path, mode="r+")
+        group.attrs.update(attributes)
+        for name in changed:
+            old, length = self._arrays[name], self._lengths[name]
+            new = self._create(group, name, changes[name](np.asarray(old[:1]), 0))
+            new.resize((length, *new.shape[1:]))
+            for start in range(0, length, new.chunks[0]):
+                stop = min(start + new.chunks[0], length)
+                new[start:stop] = changes[name](np.asarray(old[start:stop]), start)
+        if self._is_published():
+            shutil.copyfile(self.path / _COMMIT_FILE, path / _COMMIT_FILE)
+
+    def _write_pending(self) -> None:
+        for name in list(self._pending):
+            self._append(name, np.concatenate(self._pending[name]))
+            del self._pending[name]
+        if self._new_attributes:
+            self._group.attrs.update(self._new_attributes)
+            self._new_attributes = {}
+        self.pending_bytes = 0
+
+    @contextmanager
+    def _need_room(self) -> Iterator[None]:
+        needed = self.pending_bytes
+        try:
+            yield
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
             steps = Commit.read(self.path).lengths.get("step", 0) if self._is_published() else 0
             raise RecordingError(
-                f"no room left on the disk for {self.path}: {self.pending_bytes / 2**20:.1f} MiB more are "
+                f"no room left on the disk for {self.path}: {needed / 2**20:.1f} MiB more are "
                 f"needed. The first {steps} steps are safe there and can be opened; free some space or choose "
                 "another place for the next run."
             ) from error
-        self.pending_bytes = 0
 
     def _is_published(self) -> bool:
         return (self.path / _COMMIT_FILE).is_file()
@@ -149,7 +228,7 @@ class StoreWriter:
     def _append(self, name: str, rows: NDArray[Any]) -> None:
         array = self._arrays.get(name)
         if array is None:
-            array = self._arrays[name] = self._create(name, rows)
+            array = self._arrays[name] = self._create(self._group, name, rows)
             self._lengths[name] = 0
         start = self._lengths[name]
         stop = start + len(rows)
@@ -163,12 +242,12 @@ class StoreWriter:
         if length != array.shape[0]:
             array.resize((length, *array.shape[1:]))
 
-    def _create(self, name: str, rows: NDArray[Any]) -> zarr.Array[Any]:
+    def _create(self, group: zarr.Group, name: str, rows: NDArray[Any]) -> zarr.Array[Any]:
         row_bytes = max(1, rows.nbytes // max(1, len(rows)))
         chunk_rows = int(np.clip(_CHUNK_BYTES // row_bytes, 1, _CHUNK_ROWS))
         # Bytes of the same element at successive steps are alike: they compress best side by side.
         along_steps = rows.ndim == 2 and rows.dtype.kind == "f"
-        return self._group.create_array(
+        return group.create_array(
             name,
             shape=(0, *rows.shape[1:]),
             chunks=(chunk_rows, *(max(1, size) for size in rows.shape[1:])),
@@ -177,7 +256,7 @@ class StoreWriter:
             compressors=[BloscCodec(cname="lz4", shuffle="bitshuffle", typesize=rows.itemsize), Crc32cCodec()],
             fill_value=np.nan if rows.dtype.kind == "f" else 0,
             dimension_names=self._dims[name],
-            config={"write_empty_chunks": True},
+            config=_CONFIG,
         )
 
 
@@ -201,9 +280,9 @@ class StoreReader:
         version = self.attributes.get("explaind_format")
         if not isinstance(version, int):
             raise DamagedStoreError(f"the metadata of {path} has lost its format version; it has {version!r}.")
-        if version != FORMAT_VERSION:
+        if version not in _READABLE_VERSIONS:
             raise StoreFormatError(
-                f"{path} has format {version!r}, this version of explaind reads format {FORMAT_VERSION}. "
+                f"{path} has format {version!r}, this version of explaind reads formats up to {FORMAT_VERSION}. "
                 "Install a newer explaind to open it."
             )
         self._arrays: dict[str, zarr.Array[Any]] = {}
@@ -291,6 +370,7 @@ def check_free(path: Path, *, overwrite: bool) -> None:
     Raises:
         StoreExistsError: there is.
     """
+    _check_replaced(path)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not overwrite:
@@ -299,6 +379,19 @@ def check_free(path: Path, *, overwrite: bool) -> None:
         )
     if not _is_run(path):
         raise StoreExistsError(f"{path} is not a recorded run, so overwrite=True does not delete it.")
+
+
+def _aside(path: Path) -> Path:
+    """Where a store is for the moment in which another one takes its place."""
+    return path.with_name(f"{path.name}.old.partial")
+
+
+def _check_replaced(path: Path) -> None:
+    if _aside(path).exists() and not path.exists():
+        raise StoreExistsError(
+            f"the writer of {path} was stopped while it replaced it: the run is at {_aside(path)}. Rename that to "
+            f"{path.name} to open it or to write over it, or delete it if it is not wanted."
+        )
 
 
 def _is_run(path: Path) -> bool:

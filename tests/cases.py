@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ def two_groups(make: Callable[..., Optimizer], **settings: Any) -> Callable[[nn.
 
 
 def one_group(make: Callable[..., Optimizer], **settings: Any) -> Callable[[nn.Module], Optimizer]:
-    return lambda model: make(model.parameters(), **settings)
+    return lambda model: make(model.parameters(), **copy.deepcopy(settings))  # a schedule moves lr as a tensor in place
 
 
 @dataclass(frozen=True, kw_only=True)

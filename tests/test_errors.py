@@ -152,11 +152,15 @@ def test_a_run_without_steps_says_so(traced, tmp_path):
 # ---------------------------------------------------------------------- what can be traced
 
 
-def test_one_model_and_one_optimizer_are_expected(tmp_path):
+def test_a_model_and_optimizers_are_expected(tmp_path):
     model = mlp()
-    halves = [SGD(model[0].parameters(), lr=0.1), SGD(model[2].parameters(), lr=0.1)]
-    with pytest.raises(TypeError, match=r"one torch\.optim\.Optimizer, got list\. Trace one model with one"):
+    halves = [SGD(model[0].parameters(), lr=0.1), SGD(model.parameters(), lr=0.1)]
+    with pytest.raises(ValueError, match=r"'0\.weight' belongs to two optimizers"):
         explaind.trace(model, halves, tmp_path / "run.zarr")
+    with pytest.raises(TypeError, match=r"expects a torch\.optim\.Optimizer, got StepLR"):
+        explaind.trace(model, torch.optim.lr_scheduler.StepLR(halves[0], 1), tmp_path / "run.zarr")
+    with pytest.raises(TypeError, match=r"expects a torch\.optim\.Optimizer, got none"):
+        explaind.trace(model, [], tmp_path / "run.zarr")
     with pytest.raises(TypeError, match=r"expects a torch\.nn\.Module, got function"):
         explaind.trace(mlp, halves[0], tmp_path / "run.zarr")
     with pytest.raises(TypeError, match="LBFGS evaluates its closure several times"):
@@ -254,14 +258,6 @@ def test_an_output_without_a_row_per_example_cannot_be_told_apart(traced):
         model(FEATURES[:4])
 
 
-def test_a_model_that_returns_a_tuple_is_refused(traced):
-    with (
-        pytest.raises(RecordingError, match=r"the model returned tuple; .* one tensor with a row per example"),
-        traced(Pair()) as (model, _, _),
-    ):
-        model(FEATURES[:4])
-
-
 def test_an_argument_that_cannot_be_recorded_is_named(traced):
     class Reshaped(nn.Module):
         def __init__(self):
@@ -269,41 +265,13 @@ def test_an_argument_that_cannot_be_recorded_is_named(traced):
             self.linear = nn.Linear(3, 4).double()
 
         def forward(self, x, shape):
-            return self.linear(x).reshape(shape)
+            return self.linear(x).reshape(sorted(shape))
 
     with (
-        pytest.raises(RecordingError, match="the model's argument 'shape' is a tuple"),
+        pytest.raises(RecordingError, match="the argument 'shape' is a set"),
         traced(Reshaped()) as (model, _, _),
     ):
-        model(FEATURES[:4], shape=(4, 2, 2))
-
-
-def test_plain_arguments_may_not_change(traced):
-    with (
-        pytest.raises(RecordingError, match=r"plain arguments changed from .*2\.0.* to .*3\.0.* at step 1"),
-        traced(Scaled()) as (model, optimizer, _),
-    ):
-        for factor in (2.0, 3.0):
-            model(FEATURES[:4], factor).sum().backward()
-            optimizer.step()
-
-
-def test_inputs_may_not_change_their_shape(traced):
-    class Last(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(3, 3).double()
-
-        def forward(self, x):
-            return self.linear(x[:, -3:])
-
-    with (
-        pytest.raises(RecordingError, match=r"input '0' changed from .*\(3,\).* to .*\(4,\).*pad to a fixed"),
-        traced(Last()) as (model, optimizer, _),
-    ):
-        for width in (3, 4):
-            model(torch.ones(2, width, dtype=torch.float64)).sum().backward()
-            optimizer.step()
+        model(FEATURES[:4], shape={2, 8})
 
 
 @pytest.mark.parametrize("ids", [[1, 2], [1, 2, 3, 4]])
@@ -369,20 +337,6 @@ def test_a_forward_pass_from_before_the_last_update_is_refused(traced):
         step_on(model, optimizer, slice(3, 6))
         stale.sum().backward()
         optimizer.step()
-
-
-def test_a_parameter_group_added_on_the_way_is_refused(traced):
-    model = mlp()
-    optimizer = SGD(model[0].parameters(), lr=0.1)
-    model[2].requires_grad_(False)
-    with (
-        pytest.raises(RecordingError, match="a parameter group was added to the optimizer while"),
-        traced(model, optimizer),
-    ):
-        step_on(model, optimizer, slice(0, 3))
-        model[2].requires_grad_(True)
-        optimizer.add_param_group({"params": list(model[2].parameters())})
-        step_on(model, optimizer, slice(0, 3))
 
 
 def test_sparse_gradients_are_refused(traced):
@@ -515,12 +469,16 @@ def test_a_single_axis_may_be_a_plain_string(run):
     assert run.attribute(query(), by="query").dataset.contribution.dims == ("query",)
 
 
+class Unknown(RMSprop):
+    """An optimizer without a rule."""
+
+
 def test_an_unknown_optimizer_is_told_what_works(traced, tmp_path):
     model = mlp()
-    with traced(model, RMSprop(model.parameters(), lr=0.01)) as (model, optimizer, _):
+    with traced(model, Unknown(model.parameters(), lr=0.01)) as (model, optimizer, _):
         step_on(model, optimizer, slice(0, 3))
     run = explaind.open_run(tmp_path / "run.zarr", model=mlp())
-    message = r"RMSprop is not known as a linear filter.*SGD.*AdamW.*by=\('query', 'step', 'layer'\) works"
+    message = r"Unknown is not known as a linear filter.*SGD.*AdamW.*by=\('query', 'step', 'layer'\) works"
     with pytest.raises(UnknownUpdateRuleError, match=message):
         run.attribute(query(), by=("example",))
     with pytest.raises(UnknownUpdateRuleError, match=message):
@@ -542,20 +500,6 @@ def test_a_result_that_would_not_fit_says_its_size_and_what_to_leave_out(run, mo
         run.attribute(query(), by=("example", "update_step"))
 
 
-def test_examples_by_update_step_need_rows_of_their_own(traced, tmp_path):
-    def make():
-        torch.manual_seed(3)
-        return nn.Sequential(nn.Linear(3, 4), nn.Dropout(), nn.Linear(4, 3)).double()
-
-    with traced(make()) as (model, optimizer, _):
-        step_on(model, optimizer, slice(0, 3))
-    run = explaind.open_run(tmp_path / "run.zarr", model=make())
-    with pytest.raises(ValueError, match="Use 'step' in place of 'update_step', or leave the examples out"):
-        run.attribute(query(), by=("example", "update_step"))
-    with pytest.raises(RecordingError, match=r"cannot be written out one by one.*run\.attribute still splits"):
-        run.example_grads(0)
-
-
 # ---------------------------------------------------------------------- queries
 
 
@@ -568,7 +512,7 @@ BAD_QUERIES = {
     ),
     "no tensor": (
         lambda: explaind.Query([[1.0, 2.0]], output=outputs.value()),
-        "'0' must be a tensor, got list",
+        "'0' must be a tensor, or a list",
     ),
     "no output": (
         lambda: explaind.Query(torch.ones(2, 3), output="logit"),

@@ -468,9 +468,18 @@ def untracked_batchnorm_mlp():
 
 
 @pytest.mark.parametrize("make", [dropout_mlp, batchnorm_mlp, untracked_batchnorm_mlp])
-def test_gradients_of_single_examples_that_do_not_exist_are_refused(make, tmp_path):
-    with pytest.raises(RecordingError, match="use example_grads='replayed'"):
-        recorded(tmp_path / "run.zarr", three_steps, make=make, example_grads="stored")
+def test_rows_of_a_batch_that_cannot_be_taken_apart_are_stored_too(make, tmp_path):
+    by = ("query", "example", "step", "parameter")
+    stored, _ = recorded(tmp_path / "stored.zarr", three_steps, make=make, example_grads="stored")
+    replayed, _ = recorded(tmp_path / "replayed.zarr", three_steps, make=make)
+    one, other = stored.attribute(query(), by=by), replayed.attribute(query(), by=by)
+    assert (one.dataset.attrs["example_products"], other.dataset.attrs["example_products"]) == ("stored", "tangents")
+    np.testing.assert_allclose(one.dataset.contribution, other.dataset.contribution, rtol=1e-9, atol=1e-14)
+    late = replayed.attribute(query(), by=("query", "example", "update_step", "parameter"))
+    assert late.dataset.attrs["example_products"] == "rows of the batch"
+    np.testing.assert_allclose(
+        late.dataset.contribution.sum("update_step"), other.dataset.contribution.sum("step"), rtol=1e-9, atol=1e-14
+    )
 
 
 def test_keyword_inputs_and_plain_arguments_are_recorded(tmp_path):
@@ -832,7 +841,7 @@ def test_tied_weights_are_one_parameter(tmp_path):
     assert run.verify().bit_exact
     result = run.attribute(query(), by=("query", "example", "step", "parameter"), tolerance=1e-12)
     result.check()
-    expected = reference.decompose(run, query()).contribution.sum("update_step")
+    expected = reference.decompose(run, query()).contribution.sum(["update_step", "token"])
     np.testing.assert_allclose(result.dataset.contribution, expected, rtol=1e-8, atol=1e-12)
 
 
@@ -869,17 +878,30 @@ def test_every_optimizer_of_torch_is_recorded(optimizer, tmp_path):
     run.attribute(query(), by=("query", "step", "layer")).check()
 
 
+class WithHistory(SGD):
+    """Keeps what no array can hold."""
+
+    def __init__(self, params, **settings):
+        super().__init__(params, **settings)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["history"] = [parameter.detach().clone()]
+
+
 def test_state_that_is_not_recorded_is_named_and_not_replayed(tmp_path):
-    make = one_group(torch.optim.Adafactor, lr=0.01)
-    run, _ = recorded(tmp_path / "run.zarr", three_steps, optimizer=make)
-    assert run.unrecorded_state == ["col_var", "row_var"]
+    run, _ = recorded(tmp_path / "run.zarr", three_steps, optimizer=one_group(WithHistory, lr=0.01))
+    assert run.unrecorded_state == ["history"]
     assert run.verify().exact_updates is None
     run.attribute(query(), by=("query", "step", "layer")).check()
 
 
+class Unknown(RMSprop):
+    """An optimizer without a rule."""
+
+
 def test_an_optimizer_without_a_rule_closes_by_step_and_layer(tmp_path):
-    run, _ = recorded(tmp_path / "run.zarr", three_steps, optimizer=one_group(RMSprop, lr=0.01, momentum=0.5))
-    assert run.verify().bit_exact
+    run, _ = recorded(tmp_path / "run.zarr", three_steps, optimizer=one_group(Unknown, lr=0.01, momentum=0.5))
+    assert run.verify().exact_updates is None
     result = run.attribute(query(), by=("query", "step", "layer"))
     result.check()
     assert np.abs(result.dataset.contribution).min() > 0

@@ -466,7 +466,7 @@ def test_a_newer_format_is_refused(version, damaged):
     metadata = json.loads((damaged / "zarr.json").read_text())
     metadata["attributes"]["explaind_format"] = version
     (damaged / "zarr.json").write_text(json.dumps(metadata))
-    message = f"has format {version}, this version of explaind reads format 1"
+    message = f"has format {version}, this version of explaind reads formats up to 2"
     with pytest.raises(StoreFormatError, match=message):
         explaind.open_run(damaged)
 

@@ -1,14 +1,15 @@
 """The textbook sweep: contributions by the step that applied them, with a momentum buffer per source.
 
 With sources k (examples, groups, or all data in one) the buffers follow the optimizer's own filter,
-    m_{k,s} = retain_s · m_{k,s−1} + intake_s · g_{k,s},
-    contribution[q, k, s, l] = − ⟨φ_s^{(l)}, a_s ⊙ m_{k,s} + b_s ⊙ g_{k,s}⟩.
+    m_{k,s} = retain_s ⊙ m_{k,s−1} + intake_s ⊙ g_{k,s},
+    contribution[q, k, s, l] = − ⟨φ'_s^{(l)}, a_s ⊙ m_{k,s} + p_s ⊙ m_{k,s−1} + b_s ⊙ g_{k,s}⟩,
+in the symbols of `path.reverse`.
 Memory is sources × D: the price of keeping `update_step` and examples at once.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -24,14 +25,21 @@ __all__ = ["ForwardSweep"]
 
 
 @dataclass(frozen=True)
-class _Entering:
-    """What a step's gradient u_s is made of, each `[element]`, the examples' part `[source, element]`."""
+class _Parts:
+    """A buffer m or an input u, in parts: each `[1, element]`, the examples' one `[source, element]`."""
 
-    gradients: Tensor
+    contribution: Tensor
     decay: Tensor
     other: Tensor
     rounding: Tensor
     omitted: Tensor
+
+    def filtered(self, retain: Tensor, intake: Tensor, entering: _Parts) -> _Parts:
+        """The buffer retain ⊙ m + intake ⊙ u, part by part."""
+        return _Parts(*(retain * getattr(self, x) + intake * getattr(entering, x) for x in _PARTS))
+
+
+_PARTS = [field.name for field in fields(_Parts)]
 
 
 class ForwardSweep:
@@ -56,62 +64,63 @@ class ForwardSweep:
     ) -> None:
         self._run, self._products, self._sources, self._slices = run, products, sources, slices
         self._rest = [complement(slices, run.table.num_elements)]
-        size = (run.table.num_elements,)
-        self._data = torch.zeros(len(sources), *size, dtype=torch.float64, device=device)
-        self._decay, self._other, self._rounding, self._omitted = (
-            torch.zeros(size, dtype=torch.float64, device=device) for _ in range(4)
-        )
+        zeros = torch.zeros(len(sources), run.table.num_elements, dtype=torch.float64, device=device)
+        self._buffer = _Parts(zeros, *(torch.zeros_like(zeros[:1]) for _ in _PARTS[1:]))
 
-    def advance(self, step: Step) -> _Entering:
-        """Let the buffers take in a step's gradient."""
+    def advance(self, step: Step) -> tuple[_Parts, _Parts]:
+        """Let the buffer take in a step's gradient; returns the buffer before that, and what entered."""
         f = step.filter
         if step.index == 0:
-            self._other += step.buffer_before
+            self._buffer = replace(self._buffer, other=step.buffer_before[None])
         gradients = f.sign * self._source_gradients(step)
         lost = f.sign * step.example_gradient_sum - gradients.sum(dim=0)
         other, rounding = (f.sign * part for part in step.foreign_gradient)
         if not self._sources.restricted:
             rounding, lost = rounding + lost, torch.zeros_like(lost)
-        entering = _Entering(gradients, f.coupled_decay * step.params, other, rounding, lost)
-        self._data = f.retain * self._data + f.intake * gradients
-        self._decay = f.retain * self._decay + f.intake * entering.decay
-        self._other = f.retain * self._other + f.intake * other + step.buffer_error[0]
-        self._rounding = f.retain * self._rounding + f.intake * rounding + step.buffer_error[1]
-        self._omitted = f.retain * self._omitted + f.intake * lost
-        return entering
+        entering = _Parts(gradients, *(x[None] for x in (f.coupled_decay * step.params, other, rounding, lost)))
+        before, buffer = self._buffer, self._buffer.filtered(f.retain, f.intake, entering)
+        other, rounding = (
+            part + error for part, error in zip((buffer.other, buffer.rounding), step.buffer_error, strict=True)
+        )
+        self._buffer = replace(buffer, other=other, rounding=rounding)
+        return before, entering
 
     def terms(self, step: Step, phi: Tensor) -> StepTerms:
         """Advance by a step and give its terms, from φ_s `[query, element]`."""
         f, slices = step.filter, self._slices
-        entering = self.advance(step)
+        before, entering = self.advance(step)
+        seen = f.adjoint(phi)
+        filtered = [(seen * f.buffer_gain, self._buffer), (seen * f.gradient_gain, entering)]
+        if f.previous_gain.any():
+            filtered.append((seen * f.previous_gain, before))
 
-        def applied(buffer: Tensor, new: Tensor) -> Tensor:
-            return -dot(phi, f.buffer_gain * buffer + f.gradient_gain * new, slices)
+        def applied(part: str) -> Tensor:
+            products = [layer_products(weights, getattr(parts, part), slices) for weights, parts in filtered]
+            return -torch.stack(products).sum(dim=0)
 
         if self._products is not None and not self._sources.restricted:
-            lost = step.example_gradient_sum - f.sign * entering.gradients.sum(dim=0)
-            spread = dot(phi.abs(), entering.gradients.abs().sum(dim=0), slices)
+            lost = step.example_gradient_sum - f.sign * entering.contribution.sum(dim=0)
+            spread = dot(phi.abs(), entering.contribution.abs().sum(dim=0), slices)
             weights = phi * f.sign * step.gradient_scale
             check_example_sum(step, -dot(phi, f.sign * lost, slices), spread, weights, slices)
         return StepTerms(
-            contribution=-(
-                layer_products(phi * f.buffer_gain, self._data, slices)
-                + layer_products(phi * f.gradient_gain, entering.gradients, slices)
-            ),
-            decay=applied(self._decay, entering.decay) - dot(phi, f.decoupled_decay * step.params, slices),
-            other=applied(self._other, entering.other) + dot(phi, step.update_error[0], slices),
-            rounding=applied(self._rounding, entering.rounding) + dot(phi, step.update_error[1], slices),
-            omitted=applied(self._omitted, entering.omitted).sum(dim=1) + dot(phi, step.update, self._rest).sum(dim=1),
+            contribution=applied("contribution")[:, :, None],
+            decay=applied("decay")[:, 0] - dot(phi, f.decoupled_decay * step.params, slices),
+            other=applied("other")[:, 0] + dot(phi, step.update_error[0], slices),
+            rounding=applied("rounding")[:, 0] + dot(phi, step.update_error[1], slices),
+            omitted=applied("omitted")[:, 0].sum(dim=1) + dot(phi, step.update, self._rest).sum(dim=1),
         )
 
     def _source_gradients(self, step: Step) -> Tensor:
         """Σ g_{k,s} over the rows of each source, rescaled as recorded, `[source, element]`."""
         if self._products is None:
             return step.example_gradient_sum[None]
-        total = torch.zeros_like(self._data)
+        total = torch.zeros_like(self._buffer.contribution)
         for call in self._run.calls(step.index):
             rows, source = self._sources.locate(call.examples)
             if len(rows):
                 blocks = torch.cat(self._products.gradients(step.index, call, rows))
                 total.index_add_(0, source.to(total.device), blocks.to(torch.float64))
-        return step.gradient_scale * total
+        # What a parameter that had no gradient could have taken in, it did not.
+        updated = self._run.table.expand(torch.from_numpy(self._run.updated[step.index])).to(total.device)
+        return step.gradient_scale * updated * total

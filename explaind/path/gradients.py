@@ -2,77 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.func import grad, vmap
+from torch import Tensor
 
-from explaind.errors import ModelMismatchError, RecordingError
-from explaind.path.model import call_model, cast, modes, plain_attention, restored_rng
+from explaind.calls import fingerprint_output, named_tensors
+from explaind.errors import ModelMismatchError
+from explaind.parameters import named_dtype
+from explaind.path.model import Forward, cast, modes, restored_rng
+from explaind.path.replay import Replay
 from explaind.record import RecordedCall
-from explaind.recording.gradients import fingerprint
+from explaind.rescaling import Rescaling
 from explaind.run import Run
 
-__all__ = ["batch_gradient", "example_gradients", "row_gradients", "step_example_gradients"]
+__all__ = [
+    "batch_gradient",
+    "call_replay",
+    "recorded_rescaling",
+    "rows_are_separate",
+    "run_forward",
+    "step_example_gradients",
+]
 
-_BLOCK_BYTES = 128 << 20
 _SAME_OUTPUT = 1e-3
 
 
-def example_gradients(
-    model: nn.Module,
-    tensors: Mapping[str, Tensor],
-    inputs: Mapping[str, Tensor],
-    constants: Mapping[str, Any],
-    output_grad: Tensor,
-    fixed: Mapping[str, Tensor] | None = None,
-) -> dict[str, Tensor]:
-    """g_k = J_k(θ)ᵀ c_k of every row, `{name: [row, *shape]}`, by vectorised reverse mode.
-
-    Args:
-        model: evaluated on one row at a time, in its present mode.
-        tensors: the parameters θ to differentiate by.
-        inputs: batched arguments `[row, …]`.
-        constants: plain arguments.
-        output_grad: cotangents c `[row, …]`.
-        fixed: tensors of the model that are not differentiated by.
-
-    Raises:
-        RuntimeError: the model draws random numbers, or changes buffers, so rows cannot be taken apart.
-    """
-
-    def scalar(params: dict[str, Tensor], row: dict[str, Tensor], cotangent: Tensor) -> Tensor:
-        batch = {name: value.unsqueeze(0) for name, value in row.items()}
-        output = call_model(model, {**(fixed or {}), **params}, batch, constants)
-        return (output.squeeze(0) * cotangent).sum()
-
-    gradients: dict[str, Tensor] = vmap(grad(scalar), in_dims=(None, 0, 0))(dict(tensors), dict(inputs), output_grad)
-    return gradients
+def call_replay(run: Run, step: int, call: RecordedCall, *, dtype: torch.dtype, device: torch.device) -> Replay:
+    """A call of a run, ready to be made again in some type."""
+    return Replay(
+        model=run.model,
+        forward=run_forward(run, call),
+        params=run.table.unflatten(run.flat_params(step).to(device=device, dtype=dtype)),
+        fixed=cast(run.fixed_version(call.fixed_version), dtype, device),
+        inputs=cast(call.inputs, dtype, device),
+        output_grads=cast(call.output_grads, dtype, device),
+        training=call.training,
+        rng_state=call.rng_state,
+    )
 
 
-def row_gradients(
-    run: Run, step: int, call: RecordedCall, rows: Tensor, *, dtype: torch.dtype, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """g_{k,step} of some rows of a call, recomputed in blocks: pairs of `rows [block]` and `[block, element]`."""
-    params = run.table.unflatten(run.flat_params(step).to(device=device, dtype=dtype))
-    fixed = cast(run.fixed(step), dtype, device)
-    inputs = cast(call.inputs, dtype, device)
-    cotangents = call.output_grad.to(device=device, dtype=dtype)
-    block = max(1, _BLOCK_BYTES // (run.table.num_elements * dtype.itemsize))
-    for part in rows.split(block):
-        with modes(run.model, call.training.tolist()), plain_attention():
-            gradients = example_gradients(
-                run.model,
-                params,
-                {name: values[part] for name, values in inputs.items()},
-                run.constants,
-                cotangents[part],
-                fixed,
-            )
-        yield part, run.table.flatten_rows(gradients)
+def run_forward(run: Run, call: RecordedCall) -> Forward:
+    """A call of a run as a function."""
+    return Forward(run.model, call.kind, run.objective)
 
 
 def batch_gradient(
@@ -97,26 +73,46 @@ def batch_gradient(
 
     params = {name: tensor.requires_grad_() for name, tensor in load(run.params(step)).items()}
     for call in run.calls(step) if calls is None else calls:
+        forward = run_forward(run, call)
         with modes(run.model, call.training.tolist()), restored_rng(call.rng_state, device), torch.enable_grad():
-            output = call_model(run.model, {**load(run.fixed(step)), **params}, load(call.inputs), run.constants)
-            if dtype is None:
-                _check_output(run, step, call, output)
-            output.backward(call.output_grad.to(output))
+            with _autocast(call, device if dtype is None else None):
+                tensors = load(run.fixed_version(call.fixed_version)) | params
+                output = forward.raw(tensors, load(call.inputs))
+                if dtype is None and call.kind.part is not None:
+                    _check_output(step, call, output)
+                outputs = forward.named(output)
+                if call.kind.part is None:
+                    outputs = {"": forward.scalar(outputs, {})}
+            torch.autograd.backward(
+                list(outputs.values()),
+                [call.output_grads[n].to(out) if n in call.output_grads else None for n, out in outputs.items()],
+            )
     updated = dict(zip(run.table.names, run.updated[step], strict=True))
     return run.table.flatten({name: param.grad for name, param in params.items() if updated[name]}, dtype)
 
 
-def _check_output(run: Run, step: int, call: RecordedCall, output: Tensor) -> None:
+def recorded_rescaling(run: Run, step: int, gradient: Tensor) -> Rescaling:
+    """What the loop did to the backward pass's gradient `[element]`, as recorded, or as found from the replayed one."""
+    return Rescaling.of(run.table, *run.gradient_rescaling(step), gradient, run.flat_gradient(step).to(gradient.device))
+
+
+def _autocast(call: RecordedCall, device: torch.device | None) -> AbstractContextManager[Any]:
+    """Autocast as it was in the loop, where a device to replay it on is given."""
+    if device is None or call.kind.autocast is None:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=named_dtype(call.kind.autocast))
+
+
+def _check_output(step: int, call: RecordedCall, output: Any) -> None:
     """The replayed output must be the recorded one, up to the rounding of another machine."""
-    norm, total = fingerprint(output).double().tolist()
+    norm, total = fingerprint_output(output).tolist()
     error = np.hypot(norm - call.output_fingerprint[0], total - call.output_fingerprint[1])
-    scale = call.output_fingerprint[0] * np.sqrt(output.numel())
-    if not error <= _SAME_OUTPUT * scale:
+    count = sum(tensor.numel() for _, tensor in named_tensors(output))
+    if not error <= _SAME_OUTPUT * call.output_fingerprint[0] * np.sqrt(count):
         raise ModelMismatchError(
             f"the model does not give the output that was recorded at step {step}: its norm and sum are {norm:.6g}, "
             f"{total:.6g}, recorded were {call.output_fingerprint[0]:.6g}, {call.output_fingerprint[1]:.6g}. Its "
-            "parameters have the recorded names and shapes, but its forward pass computes something else, or ran under "
-            "autocast, which is not recorded."
+            "parameters have the recorded names and shapes, but its forward pass computes something else."
         )
 
 
@@ -125,23 +121,27 @@ def step_example_gradients(run: Run, step: int) -> dict[str, Tensor]:
 
     The examples are those of `np.unique(run.call_examples(step))`, in that order; rows of one example are summed.
     """
-    model = None if run.stores_example_grads else run.model
+    host = torch.device("cpu")
+    separate = run.stores_example_grads or rows_are_separate(run, dtype=run.table.dtype, device=host)
     blocks = []
     for call in run.calls(step):
-        if model is None:
+        if run.stores_example_grads:
             blocks.append(run.stored_example_grads(call.rows))
             continue
-        rows = torch.arange(len(call.examples))
-        host = torch.device("cpu")
-        try:
-            parts = row_gradients(run, step, call, rows, dtype=run.table.dtype, device=host)
-            blocks += [block for _, block in parts]
-        except (RuntimeError, ValueError) as error:
-            raise RecordingError(
-                f"the per-example gradients of step {step} cannot be written out one by one: {error}. "
-                "run.attribute still splits predictions over its examples."
-            ) from error
-    flat = run.gradient_scale(step) * torch.cat(blocks)
+        replay = call_replay(run, step, call, dtype=run.table.dtype, device=host)
+        blocks += replay.row_gradients(run.table, separate=separate)
+    same_for_all = all(math.isinf(limit) for limit in run.gradient_rescaling(step)[1])
+    batch = run.flat_gradient(step) if same_for_all else batch_gradient(run, step)
+    rows = torch.cat(blocks)
+    flat = recorded_rescaling(run, step, batch).factor(batch).to(rows) * rows
     examples, place = np.unique(run.call_examples(step), return_inverse=True)
     summed = flat.new_zeros(len(examples), flat.shape[1]).index_add_(0, torch.from_numpy(place), flat)
     return run.table.unflatten(summed)
+
+
+def rows_are_separate(run: Run, *, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the rows' own gradients sum to the gradient of the batch; a call of every kind and mode tells."""
+    return all(
+        call_replay(run, step, run.calls(step)[number], dtype=dtype, device=device).is_separate()
+        for step, number in run.call_samples()
+    )

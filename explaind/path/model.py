@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -13,28 +14,109 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["call_model", "cast", "modes", "plain_attention", "restored_rng"]
+from explaind.calls import CallKind, named_tensors, rebuild
+from explaind.errors import RecordingError
+
+__all__ = ["Forward", "call_function", "cast", "modes", "restored_rng", "vectorizable"]
+
+_NO_CHECKPOINTS = (
+    "the model computes activations again in the backward pass (torch.utils.checkpoint), or hooks into saved tensors "
+    "otherwise. Open the run with a model that has this switched off: what it computes is the same."
+)
 
 
-def call_model(
-    model: nn.Module,
-    tensors: Mapping[str, Tensor],
-    inputs: Mapping[str, Tensor],
-    constants: Mapping[str, Any],
-) -> Tensor:
-    """f(x; θ): the model's output with `tensors` in place of its parameters and buffers of those names.
+class Forward:
+    """A recorded call as a function f(x; θ) of its tensors and of the model's.
 
     Args:
         model: the module; it is left as it was.
-        tensors: parameters and buffers by name.
-        inputs: tensor arguments, keyed `"0"`, `"1"`, … by position or by keyword.
-        constants: plain arguments, keyed likewise.
+        kind: how it was called.
+        objective: what was evaluated in place of the module, where the kind says so.
     """
-    arguments = {**inputs, **constants}
-    positions = sorted((name for name in arguments if name.isdigit()), key=int)
-    keywords = {name: value for name, value in arguments.items() if not name.isdigit()}
-    output: Tensor = functional_call(model, dict(tensors), tuple(arguments[name] for name in positions), keywords)
-    return output
+
+    def __init__(
+        self, model: nn.Module, kind: CallKind, objective: Callable[[nn.Module, Any], Tensor] | None = None
+    ) -> None:
+        self._model, self._kind, self._objective = model, kind, objective
+
+    def __call__(self, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The output tensors by name; of an objective the per-example losses, named `""`.
+
+        Args:
+            tensors: parameters and buffers to use in place of the model's own of those names.
+            inputs: the call's tensors by name.
+        """
+        return self.named(self.raw(tensors, inputs))
+
+    def raw(self, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Any:
+        """The output as the function returns it."""
+        return call_function(self._function, self._model, tensors, *rebuild(self._kind.template, inputs))
+
+    def named(self, output: Any) -> dict[str, Tensor]:
+        """The output's tensors that cotangents are known for."""
+        found = dict(named_tensors(output))
+        return found if self._kind.part is None else {name: found[name] for name in self._kind.outputs}
+
+    def scalar(self, outputs: Mapping[str, Tensor], output_grads: Mapping[str, Tensor]) -> Tensor:
+        """Σ ⟨c, f⟩ over all outputs, whose gradient is that of the loss; an objective's losses count by themselves."""
+        if self._kind.part is None:
+            return outputs[""].sum()
+        return torch.stack([(tensor * output_grads[name]).sum() for name, tensor in outputs.items()]).sum()
+
+    def _function(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self._kind.part is not None:
+            return model.get_submodule(self._kind.part)(*args, **kwargs)
+        if self._objective is None:
+            raise ValueError(
+                "the run was recorded with an objective, which only code can compute: open it with "
+                "explaind.open_run(path, model=…, objective=…), the function that explaind.trace was given."
+            )
+        losses = self._objective(model, *args)
+        rows = len(next(iter(self._rows(args))))
+        if not isinstance(losses, Tensor) or losses.ndim not in (1, 2) or len(losses) != rows:
+            got = f"a tensor of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+            raise RecordingError(
+                f"the objective must return the losses of a batch's {rows} examples, a tensor [example] or "
+                f"[example, token], whose sum is the loss; it returned {got}."
+            )
+        return losses
+
+    @staticmethod
+    def _rows(args: tuple[Any, ...]) -> Iterator[Tensor]:
+        return (tensor for _, tensor in named_tensors(args))
+
+
+class _Through(nn.Module):
+    """A function of a module as a module, so that it can be called with other parameters."""
+
+    def __init__(self, model: nn.Module, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.model, self._function = model, function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(self.model, *args, **kwargs)
+
+
+def call_function(
+    function: Callable[..., Any],
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """`function(model, *args, **kwargs)` with `tensors` in place of the model's parameters and buffers.
+
+    Raises:
+        RecordingError: it would be computed again in the backward pass, when the model has its own tensors back.
+    """
+    renamed = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks(_NO_CHECKPOINTS):
+            return functional_call(_Through(model, function), renamed, args, dict(kwargs))
+    except RuntimeError as error:
+        if str(error) == _NO_CHECKPOINTS:
+            raise RecordingError(_NO_CHECKPOINTS) from None
+        raise
 
 
 def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
@@ -47,26 +129,32 @@ def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
 
 @contextmanager
 def modes(model: nn.Module, training: Iterable[bool] | bool) -> Iterator[None]:
-    """Set `module.training` of every module inside the block."""
+    """Set `module.training` of every module inside the block, where compiled modules run as plain Python."""
     modules = list(model.modules())
     flags = [training] * len(modules) if isinstance(training, bool) else [bool(flag) for flag in training]
     before = [module.training for module in modules]
+    compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in modules)
     try:
         for module, flag in zip(modules, flags, strict=True):
             module.training = flag
-        yield
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            yield
     finally:
         for module, flag in zip(modules, before, strict=True):
             module.training = flag
 
 
 @contextmanager
-def plain_attention() -> Iterator[None]:
-    """Attention by its defining operations: fused kernels can be neither vectorised nor differentiated twice."""
+def vectorizable() -> Iterator[None]:
+    """Attention by its defining operations: fused kernels can be neither vectorised nor differentiated twice.
+
+    What vmap cannot vectorise it loops over, which is of no interest to a user and not warned about.
+    """
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)

@@ -1,6 +1,6 @@
 """⟨ψ, g_k⟩: products of adjoint vectors with every example's gradient, split over parameter slices.
 
-Three ways, equal to rounding; `choose_products` picks one. Another way is another class with `products`.
+All ways are equal to rounding; `choose_products` picks one. Another way is another class with `products`.
 """
 
 from __future__ import annotations
@@ -10,14 +10,19 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from explaind.errors import ExplaindError
-from explaind.path.gradients import batch_gradient, row_gradients
-from explaind.path.model import call_model, cast, modes, plain_attention, restored_rng
+from explaind.path.gradients import call_replay, rows_are_separate
 from explaind.path.slices import Slices, layer_products
 from explaind.record import RecordedCall
 from explaind.run import Run
 
-__all__ = ["ExampleProducts", "GradientProducts", "TangentProducts", "choose_products"]
+__all__ = [
+    "ExampleProducts",
+    "GradientProducts",
+    "TangentProducts",
+    "choose_gradients",
+    "choose_products",
+    "count_tokens",
+]
 
 
 class ExampleProducts(Protocol):
@@ -36,90 +41,123 @@ class ExampleProducts(Protocol):
             slices: the layers l.
 
         Returns:
-            `[query, row, layer]`.
+            `[query, row, token, layer]`, with one token where they are summed.
         """
         ...
 
 
 class GradientProducts:
-    """Per-example gradients in blocks, stored or by vmap(grad), each block then one matrix product per slice."""
+    """Per-example gradients in blocks, each block then one matrix product per slice.
 
-    def __init__(self, run: Run, *, dtype: torch.dtype, device: torch.device) -> None:
-        self.name = "stored" if run.stores_example_grads else "vmap"
+    The gradients are those stored, or each row's on its own by vmap(grad), or, for models whose rows cannot be
+    evaluated alone, by one backward pass per row through the recorded batch.
+    """
+
+    def __init__(self, run: Run, *, dtype: torch.dtype, device: torch.device, separate: bool) -> None:
+        self.name = "stored" if run.stores_example_grads else "vmap" if separate else "rows of the batch"
         self.dtype = dtype
-        self._run, self._device = run, device
+        self._run, self._device, self._separate = run, device, separate
 
     def products(self, step: int, call: RecordedCall, rows: Tensor, psi: Tensor, slices: Slices) -> Tensor:
         """See `ExampleProducts.products`."""
         psi = psi.to(self.dtype)
         blocks = [layer_products(psi, gradients, slices) for gradients in self.gradients(step, call, rows)]
-        return torch.cat(blocks, dim=1)
+        return torch.cat(blocks, dim=1)[:, :, None]
 
     def gradients(self, step: int, call: RecordedCall, rows: Tensor) -> list[Tensor]:
         """g_k of the given rows, in blocks `[row, element]`."""
         if self._run.stores_example_grads:
             stored = self._run.stored_example_grads(call.rows)[rows]
             return [stored.to(device=self._device, dtype=self.dtype)]
-        blocks = row_gradients(self._run, step, call, rows, dtype=self.dtype, device=self._device)
-        return [block for _, block in blocks]
+        replay = call_replay(self._run, step, call, dtype=self.dtype, device=self._device)
+        return list(replay.row_gradients(self._run.table, rows, separate=self._separate))
 
 
 class TangentProducts:
-    """⟨c_k, ∂f_k/∂θ · ψ⟩ on the whole recorded batch, for models whose rows cannot be evaluated alone.
+    """⟨c_k, ∂f_k/∂θ · ψ⟩ on the whole recorded batch: for models whose rows cannot be evaluated alone, and for tokens.
 
     With dropout the recorded masks are drawn again; where layers couple the batch (BatchNorm in training), row k gets
     the part of the gradient that enters at its own output. The batch's forward and backward run once: the backward
     pass u ↦ Jᵀu is linear in u, and differentiating ⟨Jᵀu, ψ⟩ by u gives Jψ for one query and layer after another.
+
+    Args:
+        run: the run.
+        num_tokens: length of the axis after the rows that is kept; None to sum it.
+        dtype, device: type and place of the computation.
     """
 
     name = "tangents"
 
-    def __init__(self, run: Run, *, dtype: torch.dtype, device: torch.device) -> None:
-        self._run, self._dtype, self._device = run, dtype, device
+    def __init__(self, run: Run, *, num_tokens: int | None = None, dtype: torch.dtype, device: torch.device) -> None:
+        self._run, self._num_tokens, self._dtype, self._device = run, num_tokens, dtype, device
 
     def products(self, step: int, call: RecordedCall, rows: Tensor, psi: Tensor, slices: Slices) -> Tensor:
         """See `ExampleProducts.products`."""
-        run, psi = self._run, psi.to(self._dtype)
-        flat = run.flat_params(step).to(device=self._device, dtype=self._dtype).requires_grad_()
-        fixed = {name: t.clone() for name, t in cast(run.fixed(step), self._dtype, self._device).items()}
-        inputs = cast(call.inputs, self._dtype, self._device)
-        with (
-            torch.enable_grad(),
-            modes(run.model, call.training.tolist()),
-            restored_rng(call.rng_state, self._device),
-            plain_attention(),
-        ):
-            output = call_model(run.model, {**fixed, **run.table.unflatten(flat)}, inputs, run.constants)
-            u = torch.zeros_like(output, requires_grad=True)
-            (transposed,) = torch.autograd.grad(output, flat, u, create_graph=True)
-        cotangents = call.output_grad.to(flat)
-        result = torch.zeros(len(psi), len(rows), len(slices), dtype=self._dtype, device=self._device)
+        psi = psi.to(self._dtype)
+        flat = self._run.flat_params(step).to(device=self._device, dtype=self._dtype).requires_grad_()
+        replay = call_replay(self._run, step, call, dtype=self._dtype, device=self._device)
+        with replay.conditions(), torch.enable_grad():
+            outputs = replay.outputs(self._run.table.unflatten(flat))
+            u = [torch.zeros_like(output, requires_grad=True) for output in outputs.values()]
+            (transposed,) = torch.autograd.grad(list(outputs.values()), flat, u, create_graph=True)
+        # An objective's losses enter the loss with weight one each.
+        cotangents = [replay.output_grads.get(name, torch.ones_like(output)) for name, output in outputs.items()]
+        result = flat.new_zeros(len(psi), len(rows), self._num_tokens or 1, len(slices))
         for query, vector in enumerate(psi):
             for layer, parts in enumerate(slices):
                 scalar = torch.stack([transposed[part] @ vector[part] for part in parts]).sum()
-                (change,) = torch.autograd.grad(scalar, u, retain_graph=True, materialize_grads=True)
-                result[query, :, layer] = (change * cotangents).flatten(start_dim=1).sum(dim=1)[rows]
-        return result
+                changes = torch.autograd.grad(scalar, u, retain_graph=True, materialize_grads=True)
+                for change, cotangent in zip(changes, cotangents, strict=True):
+                    result[query, :, :, layer] += self._sum_outputs(change * cotangent)[rows]
+        return result.detach()
+
+    def _sum_outputs(self, products: Tensor) -> Tensor:
+        """Sum over all axes but rows and tokens, `[row, token]`.
+
+        Raises:
+            ValueError: there is no axis of that many tokens.
+        """
+        if self._num_tokens is None:
+            return products.reshape(len(products), -1).sum(dim=1, keepdim=True)
+        if products.ndim < 2 or products.shape[1] != self._num_tokens:
+            raise ValueError(
+                f"by has 'token', the axis after the examples of the model's output or of the objective's losses, with "
+                f"{self._num_tokens} entries in this run's first call; a call has an output of shape "
+                f"{tuple(products.shape)}."
+            )
+        return products.reshape(*products.shape[:2], -1).sum(dim=2)
 
 
 def choose_products(run: Run, *, dtype: torch.dtype, device: torch.device) -> GradientProducts | TangentProducts:
-    """Per-example gradients where rows can be evaluated alone, else tangents; a trial in every mode tells."""
-    gradients = GradientProducts(run, dtype=dtype, device=device)
-    if run.stores_example_grads or all(_separates(gradients, run, *sample) for sample in run.mode_samples()):
-        return gradients
+    """Per-example gradients where they are stored or rows can be evaluated alone, else tangents."""
+    if run.stores_example_grads or rows_are_separate(run, dtype=dtype, device=device):
+        return GradientProducts(run, dtype=dtype, device=device, separate=True)
     return TangentProducts(run, dtype=dtype, device=device)
 
 
-def _separates(gradients: GradientProducts, run: Run, step: int, number: int) -> bool:
-    """Whether the rows' own gradients sum to the gradient of a recorded call."""
+def choose_gradients(run: Run, *, dtype: torch.dtype, device: torch.device) -> GradientProducts:
+    """Per-example gradients themselves, in whichever way the model allows."""
+    separate = run.stores_example_grads or rows_are_separate(run, dtype=dtype, device=device)
+    return GradientProducts(run, dtype=dtype, device=device, separate=separate)
+
+
+def count_tokens(run: Run) -> int:
+    """Length of the axis after the examples of the model's output, or of the objective's losses.
+
+    Raises:
+        ValueError: there is none.
+    """
+    step, number = run.call_samples()[0]
     call = run.calls(step)[number]
-    try:
-        blocks = gradients.gradients(step, call, torch.arange(len(call.examples)))
-    except ExplaindError:
-        raise
-    except (RuntimeError, ValueError):  # how vmap and batch layers say that a row cannot be evaluated alone
-        return False
-    total = torch.stack([block.sum(dim=0) for block in blocks]).sum(dim=0)
-    scale = torch.stack([block.abs().sum(dim=0) for block in blocks]).sum(dim=0)
-    error = total - batch_gradient(run, step, dtype=gradients.dtype, calls=[call]).to(total)
-    return bool(error.norm() <= 1e4 * torch.finfo(gradients.dtype).eps * scale.norm())
+    if call.kind.part is None:
+        replay = call_replay(run, step, call, dtype=run.table.dtype, device=torch.device("cpu"))
+        with torch.no_grad(), replay.conditions():
+            shapes = [tuple(losses.shape) for losses in replay.outputs(replay.params).values()]
+    else:
+        shapes = [tuple(cotangent.shape) for cotangent in call.output_grads.values()]
+    if any(len(shape) < 2 for shape in shapes):
+        raise ValueError(
+            "by has 'token', but the model's output (or the objective's losses) has no axis after the examples; its "
+            f"shape is {shapes[0]}."
+        )
+    return shapes[0][1]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.func import grad, vjp, vmap
+from torch import Tensor, nn
+from torch.func import grad, vmap
 
+from explaind.calls import rebuild, tensor_names
 from explaind.outputs import Output
 from explaind.path.kinks import average_slopes, averaged, watched
-from explaind.path.model import call_model, cast, modes, plain_attention
+from explaind.path.model import call_function, cast, modes, vectorizable
 from explaind.query import Query
 from explaind.run import Run
 
@@ -21,11 +23,12 @@ _BLOCK_BYTES = 16 << 20
 
 
 class QueryFunction:
-    """q_j(θ) = Σ_i w_{ji} · output(f(x_i; θ))_i, evaluated in eval mode with the run's last buffers.
+    """q_j(θ) = Σ_i w_{ji} · output(f(x_i; θ))_i, evaluated in eval mode.
 
     Args:
-        run: gives the model, the layout of θ and the tensors that stay fixed.
+        run: gives the model and the layout of θ.
         query: inputs x, output and weights w.
+        fixed: buffers and frozen parameters by name.
         combined: sum all queries into one.
         dtype: type of the gradients; values are always float64.
         device: where to compute.
@@ -34,11 +37,20 @@ class QueryFunction:
         ValueError: the inputs are not those the model was called with, or the output does not fit the model's.
     """
 
-    def __init__(self, run: Run, query: Query, *, combined: bool, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        run: Run,
+        query: Query,
+        *,
+        fixed: Mapping[str, Tensor],
+        combined: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         self._run, self._output, self._dtype, self._device = run, query.output, dtype, device
-        check_arguments(run, query)
+        self._function, self._template = query_call(run, query)
         self._inputs = {d: cast(query.arguments, d, device) for d in {dtype, torch.float64}}
-        self._fixed = {d: cast(run.fixed(run.num_steps), d, device) for d in {dtype, torch.float64}}
+        self._fixed = {d: cast(fixed, d, device) for d in {dtype, torch.float64}}
         trained = run.flat_params(run.num_steps).to(device=device, dtype=torch.float64)
         with torch.no_grad():
             scalars = self._scalars(trained)
@@ -72,7 +84,7 @@ class QueryFunction:
             with torch.no_grad():
                 alone = self._per_query(self._scalar, [trained], every, torch.float64)
             self._per_query(grad(self._scalar), [trained], every[:1], torch.float64)
-        except RuntimeError:  # how vmap says that it cannot run a model
+        except (RuntimeError, ValueError):  # how vmap and batch layers say that a row cannot be evaluated alone
             return False
         return torch.allclose(alone, values, rtol=1e-9, atol=1e-9 * float(values.abs().max()))
 
@@ -117,9 +129,13 @@ class QueryFunction:
                 tensors = self._per_query(grad(self._scalar), [params, *at_ends], which[pairs], self._dtype)
                 blocks.append(self._run.table.flatten_rows(tensors))
             else:
-                pullback = vjp(lambda flat, *at: self._scalars(flat, at), params, *at_ends)[1]
+                # Plain autograd differentiates what torch.func cannot, such as checkpoints and custom functions.
+                leaf = params.requires_grad_()
+                with torch.enable_grad():
+                    scalars = self._scalars(leaf, at_ends)
                 cotangents = self._weights[which[pairs]].to(self._dtype)
-                blocks.append(vmap(_first(pullback))(cotangents))
+                rows = [torch.autograd.grad(scalars, leaf, c, retain_graph=True)[0] for c in cotangents]
+                blocks.append(torch.stack(rows))
         return torch.cat(blocks) if len(blocks) > 1 else blocks[0]
 
     def _blocks(
@@ -146,7 +162,7 @@ class QueryFunction:
     def _scalars(self, params: Tensor, ends: Sequence[Tensor] = ()) -> Tensor:
         """The output's scalars of all inputs in the type of `params`, `[input]`."""
         inputs, unflatten = self._inputs[params.dtype], self._run.table.unflatten
-        with modes(self._run.model, False), plain_attention():
+        with modes(self._run.model, False), vectorizable():
             return self._output(self._evaluate(unflatten(params), inputs, [unflatten(end) for end in ends]))
 
     def _scalar(
@@ -159,16 +175,18 @@ class QueryFunction:
     ) -> Tensor:
         """One query from its own inputs."""
         assert isinstance(self._output, Output)
-        return (self._output.function(self._evaluate(tensors, inputs, ends), targets) * weights).sum()
+        output = self._output.pick(self._evaluate(tensors, inputs, ends))
+        return (self._output.function(output, targets) * weights).sum()
 
     def _evaluate(
         self, tensors: dict[str, Tensor], inputs: dict[str, Tensor], ends: Sequence[dict[str, Tensor]]
-    ) -> Tensor:
+    ) -> Any:
         """The model's output, with ReLUs that are differentiated by their average slope between two ends, if given."""
         fixed = self._fixed[next(iter(tensors.values())).dtype]
 
-        def call(params: dict[str, Tensor]) -> Tensor:
-            return call_model(self._run.model, {**fixed, **params}, inputs, self._run.constants)
+        def call(params: dict[str, Tensor]) -> Any:
+            args, kwargs = rebuild(self._template, inputs)
+            return call_function(self._function, self._run.model, {**fixed, **params}, args, kwargs)
 
         if not ends:
             return call(tensors)
@@ -192,7 +210,7 @@ class QueryFunction:
         members = self._members[which]
         tensors, *ends = (self._run.table.unflatten(p) for p in params)
         along = 0 if params[0].ndim == 2 else None
-        with modes(self._run.model, False), plain_attention():
+        with modes(self._run.model, False), vectorizable():
             return vmap(function, in_dims=(along, 0, 0, 0, along))(
                 tensors,
                 {name: values[members] for name, values in self._inputs[dtype].items()},
@@ -202,22 +220,38 @@ class QueryFunction:
             )
 
 
-def _first(pullback: Callable[[Tensor], tuple[Tensor, ...]]) -> Callable[[Tensor], Tensor]:
-    return lambda cotangent: pullback(cotangent)[0]
-
-
-def check_arguments(run: Run, query: Query) -> None:
-    """The query must call the model as the loop did.
+def query_call(run: Run, query: Query) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The function of the model that a query evaluates, and its arguments' template.
 
     Raises:
-        ValueError: inputs are missing, or there are others.
+        ValueError: the model was not called with these inputs in the loop, or in several ways.
     """
-    given, recorded = list(query.arguments), run.input_names
-    if recorded and set(given) != set(recorded):
+    given, template = query.call
+    if query.forward is not None:
+        return query.forward, template
+    if isinstance(run.model, (nn.ModuleList, nn.ModuleDict)):
         raise ValueError(
-            f"the model was called with the inputs {', '.join(recorded)}, the query has {', '.join(given)} (numbers "
-            "are positions). Give tensors for the same ones; plain arguments are taken from the recording."
+            "the run's model is a container of modules that the loop called one by one, so say how a prediction is "
+            'made: Query(…, forward=lambda parts, x: parts["decoder"](parts["encoder"](x))).'
         )
+    recorded = {json.dumps(kind.template): kind.template for kind in run.kinds_of("")}.values()
+    fitting = [known for known in recorded if set(tensor_names(known)) == set(given)]
+    if recorded and not fitting:
+        names = " or ".join(", ".join(tensor_names(known)) for known in recorded)
+        raise ValueError(
+            f"the model was called with the inputs {names}, the query has {', '.join(given)} (numbers are positions). "
+            "Give tensors for the same ones (plain arguments are taken from the recording), or forward=."
+        )
+    if len(fitting) > 1:
+        raise ValueError(
+            "the model was called with these inputs and different plain arguments, so say which are meant: "
+            "Query(…, forward=lambda model, x: model(x, …))."
+        )
+    return _call_model, fitting[0] if fitting else template
+
+
+def _call_model(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return model(*args, **kwargs)
 
 
 def _pad(weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """The adjoint sweep: contributions by the step whose gradient is credited, without per-example momentum.
 
-From the last step down, with a_s = buffer_gain and b_s = gradient_gain of `LinearFilter`:
-    r_s = a_s ⊙ φ_s + retain_{s+1} · r_{s+1},    ψ_s = intake_s · r_s + b_s ⊙ φ_s
+From the last step down, with a_s = buffer_gain, p_s = previous_gain and b_s = gradient_gain of `LinearFilter`, and
+with φ'_s = leftᵀ · φ_s · rightᵀ, which is φ_s but for optimizers with a matrix factor:
+    r_s = a_s ⊙ φ'_s + retain_{s+1} ⊙ r_{s+1} + p_{s+1} ⊙ φ'_{s+1},    ψ_s = intake_s ⊙ r_s + b_s ⊙ φ'_s
     contribution[q, k, s, l] = − ⟨ψ_s^{(l)}, g_{k,s}^{(l)}⟩
 Memory is queries × D, whatever the number of examples and steps.
 """
@@ -30,6 +31,7 @@ class ReverseSweep:
         run: the run.
         products: strategy for the products with per-example gradients; None if no row is needed.
         sources: the example axis.
+        num_tokens: length of the token axis, 1 without it.
         slices: the layers.
         first: the last step to be fed in; what the momentum brought there from before is accounted for.
     """
@@ -40,10 +42,12 @@ class ReverseSweep:
         *,
         products: ExampleProducts | None,
         sources: Sources,
+        num_tokens: int,
         slices: list[list[slice]],
         first: int,
     ) -> None:
         self._run, self._products, self._sources, self._slices = run, products, sources, slices
+        self._num_tokens = num_tokens
         self._rest = [complement(slices, run.table.num_elements)]
         self._first = first
         self._carried: Tensor | float = 0.0
@@ -68,10 +72,10 @@ class ReverseSweep:
         )
         omitted = self._undivided(step, phi, adjoint, psi, self._rest)
         from_examples = -dot(signed, step.example_gradient_sum, slices)
-        contribution = from_examples[:, None]
+        contribution = from_examples[:, None, None]
         if self._products is not None:
             contribution, spread = self._contributions(step, signed * step.gradient_scale)
-            lost = from_examples - contribution.sum(dim=1)
+            lost = from_examples - contribution.sum(dim=(1, 2))
             if self._sources.restricted:
                 omitted += lost.sum(dim=1)
             else:
@@ -101,27 +105,27 @@ class ReverseSweep:
     def _advance(self, step: Step, phi: Tensor) -> tuple[Tensor, Tensor]:
         """r_s and ψ_s."""
         f = step.filter
+        phi = f.adjoint(phi)
         adjoint = f.buffer_gain * phi + self._carried
-        self._carried = f.retain * adjoint
+        self._carried = f.retain * adjoint + f.previous_gain * phi
         return adjoint, f.intake * adjoint + f.gradient_gain * phi
 
     def _contributions(self, step: Step, psi: Tensor) -> tuple[Tensor, Tensor]:
-        """−⟨ψ, g_k⟩ gathered by source, `[query, source, layer]`, and Σ_k |⟨ψ, g_k⟩| `[query, layer]`."""
-        total = torch.zeros(len(psi), len(self._sources), len(self._slices), dtype=torch.float64, device=psi.device)
-        spread = torch.zeros(len(psi), len(self._slices), dtype=torch.float64, device=psi.device)
-        for rows, source, products in self._row_products(step, psi):
-            if len(rows):
-                total.index_add_(1, source.to(psi.device), -products)
-                spread += products.abs().sum(dim=1)
+        """−⟨ψ, g_k⟩ gathered by source, `[query, source, token, layer]`, and Σ_k |⟨ψ, g_k⟩| `[query, layer]`."""
+        total = psi.new_zeros(len(psi), len(self._sources), self._num_tokens, len(self._slices))
+        spread = psi.new_zeros(len(psi), len(self._slices))
+        for source, products in self._row_products(step, psi):
+            total.index_add_(1, source.to(psi.device), -products)
+            spread += products.abs().sum(dim=(1, 2))
         return total, spread
 
-    def _row_products(self, step: Step, psi: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _row_products(self, step: Step, psi: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         assert self._products is not None
         for call in self._run.calls(step.index):
             rows, source = self._sources.locate(call.examples)
             if len(rows):
                 products = self._products.products(step.index, call, rows, psi, self._slices)
-                yield rows, source, products.to(torch.float64)
+                yield source, products.to(torch.float64)
 
 
 def check_example_sum(step: Step, lost: Tensor, spread: Tensor, weights: Tensor, slices: list[list[slice]]) -> None:
@@ -141,7 +145,7 @@ def check_example_sum(step: Step, lost: Tensor, spread: Tensor, weights: Tensor,
     if bool((lost.sum(dim=1).abs() <= limit).all()):
         return
     # Gradients of nearly fitted examples are rounded coarsely in float32: only float64 can tell.
-    correction = dot(weights, step.exact_example_gradient_sum - step.example_gradient_sum / step.gradient_scale, slices)
+    correction = dot(weights, step.exact_example_gradient_sum - step.replayed_gradient, slices)
     worst = float(((lost - correction).sum(dim=1).abs() / limit).max())
     if not worst <= 1:
         raise VerificationError(

@@ -2,34 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from explaind.errors import UnknownUpdateRuleError
-from explaind.optimizers import RULES, LinearFilter
-from explaind.path.gradients import batch_gradient
+from explaind.errors import ModelMismatchError
+from explaind.optimizers import LinearFilter, ParameterStep
+from explaind.parameters import Parameter
+from explaind.path.gradients import batch_gradient, recorded_rescaling
+from explaind.path.replay import SAME_GRADIENT
+from explaind.rescaling import Rescaling
 from explaind.run import Run
 
 __all__ = ["FlatFilter", "Step", "StepTerms"]
 
 _ROUNDING_UNITS = 64
 """An error of up to this many units in the last place of its operands is rounding; a larger one has a cause."""
+_FLAT_FIELDS = [field.name for field in fields(LinearFilter) if field.name not in ("left", "right")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlatFilter:
-    """`LinearFilter` of all parameters at one step; every field is float64 `[element]`."""
+    """`LinearFilter` of all parameters at one step; every tensor is float64 `[element]`."""
 
     sign: Tensor
     coupled_decay: Tensor
     retain: Tensor
     intake: Tensor
     buffer_gain: Tensor
+    previous_gain: Tensor
     gradient_gain: Tensor
     decoupled_decay: Tensor
+    buffer_roundoff: Tensor
+    update_roundoff: Tensor
+    factors: list[tuple[Parameter, Tensor | None, Tensor | None]]
+    """The parameters that have a matrix on the left or on the right, with the two of them."""
+
+    def multiplied(self, vector: Tensor) -> Tensor:
+        """The products left · v · right of every parameter, for v `[…, element]`."""
+        return self._multiply(vector, transposed=False)
+
+    def adjoint(self, phi: Tensor) -> Tensor:
+        """The products leftᵀ · φ · rightᵀ, so that ⟨φ, left · v · right⟩ = ⟨adjoint(φ), v⟩, for φ `[…, element]`."""
+        return self._multiply(phi, transposed=True)
+
+    def _multiply(self, vectors: Tensor, *, transposed: bool) -> Tensor:
+        products = vectors.clone() if self.factors else vectors
+        for parameter, left, right in self.factors:
+            matrix = vectors[..., parameter.slice].unflatten(-1, parameter.shape)
+            if left is not None:
+                matrix = (left.T if transposed else left) @ matrix
+            if right is not None:
+                matrix = matrix @ (right.T if transposed else right)
+            products[..., parameter.slice] = matrix.flatten(start_dim=-2)
+        return products
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +66,7 @@ class StepTerms:
     """What one step adds to each query; every sum over them is the change of the query."""
 
     contribution: Tensor
-    """`[query, source, layer]`"""
+    """`[query, source, token, layer]`"""
     decay: Tensor
     """`[query, layer]`"""
     other: Tensor
@@ -72,7 +101,12 @@ class Step:
     @cached_property
     def example_gradient_sum(self) -> Tensor:
         """The part of G_s that comes from the examples, Σ_k g_{k,s}, replayed and rescaled as recorded."""
-        return self.gradient_scale * self._load(batch_gradient(self._run, self.index))
+        return self._rescaling.apply(self.replayed_gradient)
+
+    @cached_property
+    def replayed_gradient(self) -> Tensor:
+        """Σ_k of the examples' gradients in the training's own type, before they were rescaled."""
+        return self._load(batch_gradient(self._run, self.index))
 
     @cached_property
     def exact_example_gradient_sum(self) -> Tensor:
@@ -80,89 +114,127 @@ class Step:
         return self._load(batch_gradient(self._run, self.index, dtype=torch.float64))
 
     @cached_property
-    def gradient_scale(self) -> float:
-        """Clipping or loss scaling between the backward pass and the optimizer."""
-        return self._run.gradient_scale(self.index)
+    def gradient_scale(self) -> Tensor:
+        """By which factor clipping or loss scaling multiplied each entry of the backward pass's gradient."""
+        return self._rescaling.factor(self.replayed_gradient)
+
+    @cached_property
+    def _rescaling(self) -> Rescaling:
+        return recorded_rescaling(self._run, self.index, self.replayed_gradient)
 
     @cached_property
     def filter(self) -> FlatFilter:
-        """The optimizer's linear filter.
+        """The optimizers' linear filter.
 
         Raises:
-            UnknownUpdateRuleError: the optimizer has no rule.
+            UnknownUpdateRuleError: an optimizer has no rule.
         """
-        run, rule = self._run, self._run.rule
-        if rule is None:
-            raise UnknownUpdateRuleError(
-                f"the update of {run.optimizer} is not known as a linear filter, so it cannot be split over gradients. "
-                f"Known are {', '.join(RULES)}. by=('query', 'step', 'layer') works for any optimizer."
+        rules, table = self._run.require_rules(), self._run.table
+        settings = [self._run.settings(self.index, group) for group in range(self._run.num_groups)]
+        params, gradients = (table.unflatten(flat) for flat in (self.params, self.gradient))
+        filters = [
+            rules[parameter.group].filter(
+                ParameterStep(
+                    settings=settings[parameter.group],
+                    params=params[parameter.name],
+                    gradient=gradients[parameter.name],
+                    before=self._states[0][parameter.name],
+                    after=self._states[1][parameter.name],
+                    dtype=parameter.dtype,
+                )
             )
-        state, buffered = run.state(self.index + 1), run.state_present(rule.buffer, self.index)
-        settings = [run.settings(self.index, group) for group in range(run.num_groups)]
-        filters = []
-        for number, parameter in enumerate(run.table):
-            if not run.updated[self.index, number]:
-                filters.append(LinearFilter())
-                continue
-            own = {name: tensor.to(torch.float64) for name, tensor in state[parameter.name].items()}
-            filters.append(rule.filter(settings[parameter.group], own, first=not buffered[number]))
-        return self._flatten(filters)
+            if self._run.updated[self.index, number]
+            else LinearFilter()
+            for number, parameter in enumerate(table)
+        ]
+        return FlatFilter(
+            **{field: self._flatten([getattr(own, field) for own in filters]) for field in _FLAT_FIELDS},
+            factors=[
+                (parameter, own.left, own.right)
+                for parameter, own in zip(table, filters, strict=True)
+                if own.left is not None or own.right is not None
+            ],
+        )
 
-    def _flatten(self, filters: list[LinearFilter]) -> FlatFilter:
-        table = self._run.table
-        flat = {}
-        for field in fields(LinearFilter):
-            values = [getattr(linear, field.name) for linear in filters]
-            vector = table.expand([0.0 if isinstance(value, Tensor) else float(value) for value in values])
-            for parameter, value in zip(table, values, strict=True):
-                if isinstance(value, Tensor):
-                    vector[parameter.slice] = value.reshape(-1)
-            flat[field.name] = vector.to(self._device)
-        return FlatFilter(**flat)
+    def _flatten(self, values: Sequence[Tensor | float]) -> Tensor:
+        """Numbers and tensors of each parameter's shape as one vector."""
+        vector = torch.empty_like(self.params)
+        for parameter, value in zip(self._run.table, values, strict=True):
+            tensor = torch.as_tensor(value, dtype=torch.float64, device=self._device)
+            vector[parameter.slice] = tensor.reshape(-1)
+        return vector
 
     @cached_property
+    def _states(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]:
+        """The optimizers' state before and after the step; what has axes in float64."""
+
+        def load(snapshot: int) -> dict[str, dict[str, Tensor]]:
+            return {
+                name: {key: self._load(tensor) if tensor.ndim else tensor for key, tensor in own.items()}
+                for name, own in self._run.state(snapshot).items()
+            }
+
+        return load(self.index), load(self.index + 1)
+
+    @property
     def buffer_before(self) -> Tensor:
         """The momentum buffer m_{s−1} before the step."""
-        assert self._run.rule is not None
-        return self._load(self._run.flat_state(self._run.rule.buffer, self.index))
+        return self._buffer(self._states[0])
 
-    @cached_property
+    @property
     def buffer_after(self) -> Tensor:
         """The momentum buffer m_s after the step."""
-        assert self._run.rule is not None
-        return self._load(self._run.flat_state(self._run.rule.buffer, self.index + 1))
+        return self._buffer(self._states[1])
+
+    def _buffer(self, state: dict[str, dict[str, Tensor]]) -> Tensor:
+        """The tensor that each parameter's rule has for its buffer; what has none yet is zero."""
+        names = [rule.buffer for rule in self._run.require_rules()]
+        own = {p.name: state[p.name].get(names[p.group] or "") for p in self._run.table}
+        return self._run.table.flatten(own, dtype=torch.float64).to(self._device)
 
     @cached_property
     def foreign_gradient(self) -> tuple[Tensor, Tensor]:
-        """G_s − Σ_k g_{k,s}, what comes from no example: as the pair (other, rounding)."""
-        return self._split(
+        """G_s − Σ_k g_{k,s}, what comes from no example: as the pair (other, rounding).
+
+        Raises:
+            ModelMismatchError: an objective's gradient is not the recorded one.
+        """
+        other, rounding = self._split(
             self.gradient - self.example_gradient_sum,
             self.gradient.abs() + self.example_gradient_sum.abs(),
         )
+        if self._run.uses_objective and other.norm() > SAME_GRADIENT * self.gradient.norm():
+            raise ModelMismatchError(
+                f"the objective's sum does not have the gradient that was recorded at step {self.index}: they differ "
+                f"by {float(other.norm() / self.gradient.norm()):.1e} of its norm. The model or the objective is not "
+                "that of the recording, or the loop's loss was another one in that step."
+            )
+        return other, rounding
 
     @cached_property
     def buffer_error(self) -> tuple[Tensor, Tensor]:
         """m_s − (retain·m_{s−1} + intake·u_s): as the pair (other, rounding)."""
-        f = self.filter
+        f, after = self.filter, self.buffer_after
         kept, taken = f.retain * self.buffer_before, f.intake * self._filtered_input
-        return self._split(self.buffer_after - kept - taken, self.buffer_after.abs() + kept.abs() + taken.abs())
+        return self._split(after - kept - taken, after.abs() + kept.abs() + taken.abs(), f.buffer_roundoff)
 
     @cached_property
     def update_error(self) -> tuple[Tensor, Tensor]:
         """e_s, the update beyond the filter's: as the pair (other, rounding)."""
         f = self.filter
-        explained = (
-            f.buffer_gain * self.buffer_after + f.gradient_gain * self._filtered_input + f.decoupled_decay * self.params
-        )
-        return self._split(self.update + explained, self.params.abs() + self.next_params.abs() + explained.abs())
+        gained = f.buffer_gain * self.buffer_after + f.gradient_gain * self._filtered_input
+        gained = f.multiplied(gained + f.previous_gain * self.buffer_before)
+        decayed = f.decoupled_decay * self.params
+        size = self.params.abs() + self.next_params.abs() + gained.abs()
+        return self._split(self.update + gained + decayed, size, f.update_roundoff)
 
     @property
     def _filtered_input(self) -> Tensor:
         """What enters the filter, u_s."""
         return self.filter.sign * self.gradient + self.filter.coupled_decay * self.params
 
-    def _split(self, error: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-        """Entries beyond the rounding of operands of this size, and those within it."""
+    def _split(self, error: Tensor, size: Tensor, roundoff: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+        """Entries beyond the rounding of operands of this size and the optimizer's own, and those within it."""
         unit = self._run.table.expand([torch.finfo(p.dtype).eps for p in self._run.table]).to(self._device)
-        within = error.abs() <= _ROUNDING_UNITS * unit * size
+        within = error.abs() <= _ROUNDING_UNITS * unit * size + roundoff
         return torch.where(within, 0.0, error), torch.where(within, error, 0.0)

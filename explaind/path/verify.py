@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from explaind.errors import VerificationError
-from explaind.path.gradients import batch_gradient
+from explaind.path.gradients import batch_gradient, recorded_rescaling
+from explaind.recording.state import state_in_loop
 from explaind.run import Run
 
 __all__ = ["VerifyReport", "verify"]
@@ -72,19 +74,22 @@ def verify(run: Run, *, progress: bool = False) -> VerifyReport:
     exact_gradients = exact_updates = 0
     gradient_difference = update_difference = 0.0
     first: str | None = None
-    optimizer_class = None if run.unrecorded_state else _torch_optimizer(run.optimizer)
+    classes = [_torch_optimizer(name) for name in run.group_optimizers]
+    known = [found for found in classes if found is not None]
+    replayable = len(known) == len(classes) and not run.unrecorded_state
     for step in tqdm(range(run.num_steps), desc="verify", unit="step", disable=None if progress else True):
         recorded = run.flat_gradient(step)
-        replayed = (batch_gradient(run, step) * run.gradient_scale(step)).to(recorded.dtype)
+        replayed = batch_gradient(run, step)
+        replayed = recorded_rescaling(run, step, replayed).apply(replayed).to(recorded.dtype)
         gradient_difference = max(gradient_difference, _relative(replayed - recorded, recorded))
         if torch.equal(replayed, recorded):
             exact_gradients += 1
         elif first is None:
             first = f"the gradient of {_first_difference(run, replayed, recorded)} at step {step}"
-        if optimizer_class is None:
+        if not replayable:
             continue
         target = run.flat_params(step + 1)
-        reached = _replay_update(run, step, optimizer_class)
+        reached = _replay_update(run, step, known)
         difference = _relative(reached - target, target)
         update_difference = max(update_difference, difference)
         if torch.equal(reached, target):
@@ -100,7 +105,7 @@ def verify(run: Run, *, progress: bool = False) -> VerifyReport:
     return VerifyReport(
         num_steps=run.num_steps,
         exact_gradients=exact_gradients,
-        exact_updates=None if optimizer_class is None else exact_updates,
+        exact_updates=exact_updates if replayable else None,
         first_inexact=first,
         largest_gradient_difference=gradient_difference,
         largest_update_difference=update_difference,
@@ -114,28 +119,35 @@ def _torch_optimizer(name: str) -> type[torch.optim.Optimizer] | None:
     return found if is_it else None
 
 
-def _replay_update(run: Run, step: int, optimizer_class: type[torch.optim.Optimizer]) -> Tensor:
-    """θ_{step+1} as torch's optimizer makes it from the recorded θ, state, settings and gradient."""
+def _replay_update(run: Run, step: int, classes: Sequence[type[torch.optim.Optimizer]]) -> Tensor:
+    """θ_{step+1} as torch's optimizers make it from the recorded θ, state, settings and gradient.
+
+    Args:
+        run: the run.
+        step: which step.
+        classes: the optimizer class of each parameter group.
+    """
     params = {
         name: tensor.to(run.device if torch.cuda.is_available() else "cpu", copy=True).requires_grad_()
         for name, tensor in run.params(step).items()
     }
     gradients = run.table.unflatten(run.flat_gradient(step), trained_dtype=True)
-    groups = []
-    for group in range(run.num_groups):
-        settings = run.settings(step, group)
-        members = [params[parameter.name] for parameter in run.table if parameter.group == group]
-        groups.append({"params": members, **settings})
-    optimizer: torch.optim.Optimizer = optimizer_class(groups)  # type: ignore[call-arg]
     state = run.state(step)
-    for number, parameter in enumerate(run.table):
-        if not run.updated[step, number]:
-            continue
-        tensor = params[parameter.name]
-        tensor.grad = gradients[parameter.name].to(tensor.device, copy=True)
-        for key, value in state[parameter.name].items():
-            optimizer.state[tensor][key] = value.to(tensor.device if value.ndim else "cpu", copy=True)
-    optimizer.step()
+    for optimizer_class in dict.fromkeys(classes):
+        own = [(number, p) for number, p in enumerate(run.table) if classes[p.group] is optimizer_class]
+        groups = [
+            {"params": [params[p.name] for _, p in own if p.group == group], **run.settings(step, group)}
+            for group in range(run.num_groups)
+            if classes[group] is optimizer_class
+        ]
+        optimizer: torch.optim.Optimizer = optimizer_class(groups)  # type: ignore[call-arg]
+        for number, p in own:
+            if run.updated[step, number]:
+                tensor = params[p.name]
+                tensor.grad = gradients[p.name].to(tensor.device, copy=True)
+                for key, value in state[p.name].items():
+                    optimizer.state[tensor][key] = state_in_loop(value, key, p.name, run.state_types, tensor.device)
+        optimizer.step()
     return run.table.flatten(params).cpu()
 
 

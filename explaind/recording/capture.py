@@ -1,8 +1,8 @@
-"""What one forward call of the traced model saw, and the cotangent that came back to its output."""
+"""What each forward call of the traced model saw, and the cotangents that came back to its output."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,34 +12,76 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from explaind.calls import (
+    CallKind,
+    autocast_type,
+    fingerprint_output,
+    map_tensors,
+    model_parts,
+    named_tensors,
+    take_apart,
+)
 from explaind.errors import RecordingError
-from explaind.recording.gradients import fingerprint
 
 __all__ = ["CallCapture", "ForwardCall"]
 
 
 @dataclass(eq=False, kw_only=True)
 class ForwardCall:
-    """One call `model(*args, **kwargs)` with gradients enabled."""
+    """One forward call with gradients enabled; with an objective, all calls about one batch."""
 
     step: int
     """Number of optimizer steps that were finished when it ran."""
+    part: str | None
+    """Name of the module that was called, `""` for the model itself; None where an objective stands for it."""
     inputs: dict[str, NDArray[Any]]
-    """Its batched arguments `[row, …]`, keyed `"0"`, `"1"`, … by position or by keyword."""
+    """Its tensors `[row, …]` by name, see `explaind.calls.take_apart`."""
     input_dtypes: dict[str, str]
-    """Types of the batched arguments, as some widen when they are stored."""
-    constants: dict[str, Any]
-    """Its other arguments: numbers, strings, booleans, None."""
+    """Their types, as some widen when they are stored."""
+    template: dict[str, Any]
+    """Its arguments without the tensors."""
+    autocast: str | None
+    """The type that autocast lowered to, None if it was off."""
     training: NDArray[np.bool_]
     """`module.training` of every module, in the order of `model.modules()`."""
     rng_state: NDArray[np.uint8]
     """State of the random number generators just before it, `[byte]`."""
+    fixed_version: int
+    """Which version of the buffers and frozen parameters it began with."""
+    parameter_versions: dict[str, int]
+    """How often each parameter that requires gradients had been changed in place, by name."""
     output_fingerprint: Tensor
     """Norm and sum of its output, `[2]`: tells whether a replay is of the same model."""
     example_ids: Sequence[int] | None
     """Names given to its rows by the user, if any."""
-    output_grad: Tensor | None = field(default=None)
-    """∂L/∂f summed over the backward passes that made the step's gradient, `[row, …]`; None before the step."""
+    output_grads: dict[str, Tensor] = field(default_factory=dict)
+    """∂L/∂f of each output tensor that the loss depends on, summed over the backward passes that made the step's
+    gradient, `[row, …]`; empty before the step, and with an objective."""
+
+    @property
+    def kind(self) -> CallKind:
+        """What it has in common with other calls."""
+        return CallKind(
+            part=self.part, template=self.template, outputs=tuple(self.output_grads), autocast=self.autocast
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """Number of examples."""
+        return len(next(iter(self.inputs.values())))
+
+    def first_changed(self, model: nn.Module) -> str | None:
+        """Name of the first parameter that has been changed since, if one has."""
+        now = dict(model.named_parameters())
+        return next((name for name, version in self.parameter_versions.items() if now[name]._version != version), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Beginning:
+    """What is noted just before a forward call."""
+
+    rng_state: NDArray[np.uint8]
+    fixed_version: int
 
 
 class CallCapture:
@@ -47,32 +89,41 @@ class CallCapture:
 
     Args:
         model: the model whose calls are seen.
+        called: what the loop calls: the model, its compiled form, or a ModuleList or ModuleDict of what it calls.
         current_step: returns the number of finished optimizer steps.
         current_ids: returns the ids that the user gave the next rows, or None.
+        current_batch: returns the batch that stands for the calls, for an objective; None if there is none.
+        before_call: called before each forward pass.
+        fixed_version: notes the present buffers and frozen parameters, and returns the number of that version.
         gradients_cleared: tells whether all parameters' gradients are None or zero.
     """
 
     def __init__(
         self,
         model: nn.Module,
+        called: nn.Module,
         *,
         current_step: Callable[[], int],
         current_ids: Callable[[], Sequence[int] | None],
+        current_batch: Callable[[], Any] | None,
+        before_call: Callable[[], None],
+        fixed_version: Callable[[], int],
         gradients_cleared: Callable[[], bool],
     ) -> None:
         self._model = model
         self._modules = list(model.modules())
         self._current_step = current_step
         self._current_ids = current_ids
+        self._current_batch = current_batch
+        self._before_call = before_call
+        self._fixed_version = fixed_version
         self._gradients_cleared = gradients_cleared
-        self._passes: dict[int, dict[ForwardCall, Tensor]] = {}
+        self._passes: dict[int, dict[ForwardCall, dict[str, Tensor]]] = {}
         self._arrived: set[int] = set()
         self._watching = True
-        self._rng_states: list[NDArray[np.uint8]] = []
-        self._hooks = [
-            model.register_forward_pre_hook(self._before),
-            model.register_forward_hook(self._after, with_kwargs=True),
-        ]
+        self._beginnings: list[_Beginning] = []
+        self._batch: tuple[Any, ForwardCall] | None = None
+        self._hooks = [hook for name, part in model_parts(called).items() for hook in self._watch(name, part)]
 
     def remove(self) -> None:
         """Take the hooks off the model."""
@@ -93,54 +144,129 @@ class CallCapture:
         # A pass that reached no parameter's .grad only looked (torch.autograd.grad), unless none did: then the
         # gradients were put there by hand.
         counted = [task for task in self._passes if task in self._arrived] or list(self._passes)
-        sums: dict[ForwardCall, Tensor] = {}
+        calls: list[ForwardCall] = []
         for task in counted:
-            for call, grad in self._passes[task].items():
-                sums[call] = sums[call] + grad if call in sums else grad
-        for call, total in sums.items():
-            call.output_grad = total
-        self._passes, self._arrived = {}, set()
-        return list(sums)
+            for call, grads in self._passes[task].items():
+                if call not in calls:
+                    calls.append(call)
+                for name, grad in grads.items():
+                    known = call.output_grads.get(name)
+                    call.output_grads[name] = grad if known is None else known + grad
+        self._passes, self._arrived, self._batch = {}, set(), None
+        return calls
 
     def settle(self) -> None:
         """Called when a parameter's gradient has come in: the present backward pass counts."""
         self._arrived.add(_backward_pass())
 
-    def _before(self, model: nn.Module, args: Any) -> None:
-        if self._watching and torch.is_grad_enabled():
-            self._rng_states.append(rng_state(self._model))
+    def _watch(self, name: str, module: nn.Module) -> list[Any]:
+        """See the calls of a module; returns handles whose `remove()` ends that."""
+        after = self._after(name)
+        compiled = module._compiled_call_impl
+        if compiled is None:
+            return [
+                module.register_forward_pre_hook(self._before),
+                module.register_forward_hook(after, with_kwargs=True),
+            ]
 
-    def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if not (self._watching and torch.is_grad_enabled() and self._rng_states):
-            return
-        state = self._rng_states.pop()
-        if not isinstance(output, Tensor):
-            raise RecordingError(
-                f"the model returned {type(output).__name__}; explaind traces models that return one tensor with a row "
-                "per example. Return the tensor that the loss is computed from."
-            )
-        if not output.requires_grad:
-            return
-        inputs, dtypes, constants = split_arguments(args, kwargs, output)
-        call = ForwardCall(
+        # Hooks of a module that was compiled in place would be compiled with it: stay around it instead.
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._before(module, args)
+            output = compiled(*args, **kwargs)
+            watched = after(module, args, kwargs, output)
+            return output if watched is None else watched
+
+        module._compiled_call_impl = call
+        return [_Undo(lambda: setattr(module, "_compiled_call_impl", compiled))]
+
+    def _before(self, module: nn.Module, args: Any) -> None:
+        if self._watching and torch.is_grad_enabled():
+            self._before_call()
+            self._beginnings.append(_Beginning(rng_state=rng_state(self._model), fixed_version=self._fixed_version()))
+
+    def _after(self, part: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            if not (self._watching and torch.is_grad_enabled() and self._beginnings):
+                return None
+            beginning = self._beginnings.pop()
+            differentiable = [name for name, tensor in named_tensors(output) if tensor.requires_grad]
+            if not differentiable:
+                return None
+            if self._current_batch is not None:
+                self._watch_batch(self._current_batch(), beginning, output)
+                return None
+            call = self._call(part, args, kwargs, beginning, output)
+            check_rows(call.inputs, output)
+
+            def watch(name: str, tensor: Tensor) -> Tensor:
+                if not tensor.requires_grad:
+                    return tensor
+                # One output may be computed from another: a view of each sees what came from the loss alone.
+                seen = tensor.view_as(tensor) if len(differentiable) > 1 else tensor
+                if tensor.ndim and len(tensor) == call.num_rows:
+                    seen.register_hook(lambda grad: self._receive(call, name, grad))
+                else:
+                    seen.register_hook(_refuse_output(name, tensor, call.num_rows))
+                return seen
+
+            watched = map_tensors(output, watch)
+            return watched if len(differentiable) > 1 else None
+
+        return hook
+
+    def _call(
+        self, part: str | None, args: tuple[Any, ...], kwargs: dict[str, Any], beginning: _Beginning, output: Any
+    ) -> ForwardCall:
+        tensors, template = take_apart(args, kwargs)
+        if not tensors:
+            raise RecordingError("the model was called without any tensor, so there are no examples to tell apart.")
+        return ForwardCall(
             step=self._current_step(),
-            inputs=inputs,
-            input_dtypes=dtypes,
-            constants=constants,
+            part=part,
+            inputs={name: to_numpy(tensor) for name, tensor in tensors.items()},
+            input_dtypes={name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()},
+            template=template,
+            autocast=autocast_type(next(iter(tensors.values())).device),
             training=np.array([module.training for module in self._modules]),
-            rng_state=state,
-            output_fingerprint=fingerprint(output),
+            rng_state=beginning.rng_state,
+            fixed_version=beginning.fixed_version,
+            parameter_versions={n: p._version for n, p in self._model.named_parameters() if p.requires_grad},
+            output_fingerprint=fingerprint_output(output),
             example_ids=self._current_ids(),
         )
-        output.register_hook(lambda grad: self._receive(call, grad))
 
-    def _receive(self, call: ForwardCall, grad: Tensor) -> None:
+    def _watch_batch(self, batch: Any, beginning: _Beginning, output: Any) -> None:
+        """With an objective: the batch stands for all calls about it, from the first one on."""
+        if self._batch is None or self._batch[0] is not batch:
+            self._batch = (batch, self._call(None, (batch,), {}, beginning, output))
+            check_rows(self._batch[1].inputs, None)
+        call = self._batch[1]
+
+        def note(grad: Tensor) -> None:
+            self._pass().setdefault(call, {})
+
+        for _, tensor in named_tensors(output):
+            if tensor.requires_grad:
+                tensor.register_hook(note)
+
+    def _receive(self, call: ForwardCall, name: str, grad: Tensor) -> None:
+        self._pass().setdefault(call, {})[name] = grad.detach().clone()
+
+    def _pass(self) -> dict[ForwardCall, dict[str, Tensor]]:
+        """What the present backward pass has brought so far."""
         task = _backward_pass()
         if task not in self._passes and self._arrived and self._gradients_cleared():
             # zero_grad() was called since: what came before is in no gradient any more.
             self._passes = {known: calls for known, calls in self._passes.items() if known not in self._arrived}
             self._arrived.clear()
-        self._passes.setdefault(task, {})[call] = grad.detach().clone()
+        return self._passes.setdefault(task, {})
+
+
+@dataclass(frozen=True)
+class _Undo:
+    """Takes back a change, in the manner of a hook's handle."""
+
+    remove: Callable[[], None]
 
 
 def _backward_pass() -> int:
@@ -148,34 +274,36 @@ def _backward_pass() -> int:
     return int(torch._C._current_graph_task_id())
 
 
-def split_arguments(
-    args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-) -> tuple[dict[str, NDArray[Any]], dict[str, str], dict[str, Any]]:
-    """Sort a call's arguments into tensors with one row per output row, their types, and plain constants."""
-    rows = output.shape[0] if output.ndim else 0
-    inputs: dict[str, NDArray[Any]] = {}
-    dtypes: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    for name, value in {**{str(i): arg for i, arg in enumerate(args)}, **kwargs}.items():
-        if isinstance(value, Tensor):
-            if value.ndim == 0 or value.shape[0] != rows:
-                raise RecordingError(
-                    f"the examples of a batch cannot be told apart: the model's input '{name}' has shape "
-                    f"{tuple(value.shape)} and its output {tuple(output.shape)}. Both must have the examples along "
-                    "their first axis; keep what is shared by all examples as a buffer of the model."
-                )
-            inputs[name] = to_numpy(value)
-            dtypes[name] = str(value.dtype).removeprefix("torch.")
-        elif value is None or isinstance(value, (bool, int, float, str)):
-            constants[name] = value
-        else:
+def _refuse_output(name: str, tensor: Tensor, rows: int) -> Callable[[Tensor], None]:
+    message = (
+        f"the loss depends on the model's output {name!r} of shape {tuple(tensor.shape)}, which has no row for each of "
+        f"the batch's {rows} examples. Compute the loss from outputs [example, …], or, if the model computes its loss "
+        "itself, give explaind.trace(…, objective=) a function of (model, batch) that returns per-example losses."
+    )
+
+    def refuse(grad: Tensor) -> None:
+        raise RecordingError(message)
+
+    return refuse
+
+
+def check_rows(inputs: Mapping[str, NDArray[Any]], output: Any) -> None:
+    """All tensors of a call must have the examples along their first axis.
+
+    Raises:
+        RecordingError: they do not.
+    """
+    shapes = {f"input '{name}'": rows.shape for name, rows in inputs.items()}
+    if isinstance(output, Tensor):
+        shapes = {"output": tuple(output.shape), **shapes}
+    first = next(iter(shapes))
+    for name, shape in shapes.items():
+        if not shape or shape[:1] != shapes[first][:1]:
             raise RecordingError(
-                f"the model's argument '{name}' is a {type(value).__name__}; explaind records tensors with a row per "
-                "example and plain numbers, strings, booleans and None."
+                f"the examples of a batch cannot be told apart: the model's {name} has shape {shape} and its {first} "
+                f"{shapes[first]}. All must have the examples along their first axis; keep what is shared by all "
+                "examples as a buffer of the model."
             )
-    if not inputs:
-        raise RecordingError("the model was called without any tensor, so there are no examples to tell apart.")
-    return inputs, dtypes, constants
 
 
 def to_numpy(tensor: Tensor) -> NDArray[Any]:

@@ -9,53 +9,42 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from explaind.errors import RecordingError
-
 __all__ = ["InputTable"]
 
 _DIGEST_BYTES = 16
 
 
 class InputTable:
-    """Maps input rows to the index of the first row that had the same bytes.
+    """Numbers distinct input rows, and finds a row again by its bytes.
 
-    An example's input is one row of every batched argument of the model, for instance token ids and a mask.
+    An example's input is one row of every tensor that the model is called with, for instance token ids and a mask.
+    Batches whose tensors have the same names, shapes per row and types are of one layout.
     """
 
     def __init__(self) -> None:
-        self._index: dict[bytes, int] = {}
-        self._shapes: dict[str, tuple[Any, ...]] | None = None
+        self._layouts: dict[Any, tuple[int, dict[bytes, tuple[int, int]]]] = {}
+        self._num_inputs = 0
 
-    def add(self, inputs: Mapping[str, NDArray[Any]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Look up a batch `{argument: [row, …]}`.
+    def add(
+        self, inputs: Mapping[str, NDArray[Any]]
+    ) -> tuple[int, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Look up a batch `{name: [row, …]}`.
 
         Returns:
-            `index [row]` of each row in the table, and the positions in the batch of the rows that are new.
-
-        Raises:
-            RecordingError: the rows are shaped differently from those seen before.
+            The number of its layout; for each row the number of its content among all inputs `[row]`, and its index
+            among the inputs of the layout `[row]`; the positions in the batch of the rows that are new.
         """
-        self._check_shapes(inputs)
-        index, new = [], []
+        shapes = tuple(sorted((name, rows.shape[1:], str(rows.dtype)) for name, rows in inputs.items()))
+        layout, known = self._layouts.setdefault(shapes, (len(self._layouts), {}))
+        content, index, new = [], [], []
         for row, key in enumerate(_row_keys(inputs)):
-            known = self._index.get(key)
-            if known is None:
-                known = self._index[key] = len(self._index)
+            if key not in known:
+                known[key] = (self._num_inputs, len(known))
+                self._num_inputs += 1
                 new.append(row)
-            index.append(known)
-        return np.array(index, dtype=np.int64), np.array(new, dtype=np.int64)
-
-    def _check_shapes(self, inputs: Mapping[str, NDArray[Any]]) -> None:
-        shapes = {name: (rows.shape[1:], str(rows.dtype)) for name, rows in inputs.items()}
-        if self._shapes is None:
-            self._shapes = shapes
-        for name in self._shapes.keys() | shapes.keys():
-            before, now = self._shapes.get(name), shapes.get(name)
-            if before != now:
-                raise RecordingError(
-                    f"the model's input '{name}' changed from (shape per example, type) {before} to {now}. A run "
-                    "needs the same arguments with the same shape per example in every call; pad to a fixed length."
-                )
+            content.append(known[key][0])
+            index.append(known[key][1])
+        return layout, np.array(content, np.int64), np.array(index, np.int64), np.array(new, np.int64)
 
 
 def _row_keys(inputs: Mapping[str, NDArray[Any]]) -> list[bytes]:

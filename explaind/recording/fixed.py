@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from explaind.parameters import named_dtype
 
-__all__ = ["FixedTensors", "decode_fixed", "fixed_tensors", "module_types"]
+__all__ = ["FixedTensors", "decode_fixed", "fixed_bytes", "fixed_tensors", "module_types"]
 
 
 def fixed_tensors(model: nn.Module, tracked: Collection[str]) -> dict[str, Tensor]:
@@ -38,6 +38,7 @@ class FixedTensors:
         """Names, shapes and types, in the order of the bytes."""
         self._version = -1
         self._last: NDArray[np.uint8] | None = None
+        self._recent: dict[int, NDArray[np.uint8]] = {}
 
     def version(self) -> tuple[int, NDArray[np.uint8] | None]:
         """Number of the current version, and its bytes `[1, byte]` if it is a new one."""
@@ -50,15 +51,36 @@ class FixedTensors:
             return self._version, None
         self._last = now
         self._version += 1
+        self._recent[self._version] = now
         return self._version, now[None]
+
+    def recent(self, version: int) -> dict[str, Tensor]:
+        """The tensors of the last version, or of one since `forget`."""
+        return decode_fixed(self.layout, self._recent[version]) if self.layout else {}
+
+    def release(self, tracked: Collection[str], shorten: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]) -> None:
+        """Leave out what is in `tracked` from now on; `shorten` takes its bytes out of those of a version."""
+        self._tracked = tracked
+        self.layout = [entry for entry in self.layout if entry["name"] not in tracked]
+        self._last = None if self._last is None else shorten(self._last)
+        self._recent = {version: shorten(raw) for version, raw in self._recent.items()}
+
+    def forget(self) -> None:
+        """Keep only the last version at hand."""
+        self._recent = {version: raw for version, raw in self._recent.items() if version == self._version}
+
+
+def fixed_bytes(entry: dict[str, Any]) -> int:
+    """Number of bytes of a tensor of the layout."""
+    return torch.Size(entry["shape"]).numel() * named_dtype(entry["dtype"]).itemsize
 
 
 def decode_fixed(layout: list[dict[str, Any]], raw: NDArray[np.uint8]) -> dict[str, Tensor]:
     """Read back the tensors of one version."""
     tensors, start = {}, 0
     for entry in layout:
-        dtype, shape = named_dtype(entry["dtype"]), torch.Size(entry["shape"])
-        stop = start + shape.numel() * dtype.itemsize
-        tensors[entry["name"]] = torch.from_numpy(raw[start:stop].copy()).view(dtype).reshape(shape)
+        stop = start + fixed_bytes(entry)
+        raw_tensor = torch.from_numpy(raw[start:stop].copy())
+        tensors[entry["name"]] = raw_tensor.view(named_dtype(entry["dtype"])).reshape(entry["shape"])
         start = stop
     return tensors

@@ -1,16 +1,19 @@
-"""Measurements on the gradients that the optimizer is about to use."""
+"""The gradients that the optimizer is about to use, beside what the backward pass had left."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-__all__ = ["fingerprint", "first_nonfinite", "gradient_scale"]
+from explaind.errors import NonFiniteError
+from explaind.parameters import ParameterTable
+from explaind.rescaling import find_rescaling
 
-_ROUNDING_UNITS = 32
+__all__ = ["Arrivals", "first_nonfinite", "skipped_by_scaler", "unscaled"]
 
 
 def first_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
@@ -18,34 +21,66 @@ def first_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
     return next((name for name, t in tensors.items() if not bool(torch.isfinite(t.detach()).all())), None)
 
 
-def fingerprint(tensor: Tensor) -> Tensor:
-    """Norm and sum of a gradient or an output, `[2]`: enough to recognise it, also after rescaling."""
-    tensor = tensor.detach()
-    return torch.stack([torch.linalg.vector_norm(tensor), tensor.sum()])
+def skipped_by_scaler(optimizer: Optimizer) -> bool:
+    """Whether this call of `step` will do nothing: a GradScaler told a fused optimizer that the gradient overflowed."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
 
 
-def gradient_scale(arrived: Mapping[str, Tensor], gradients: Mapping[str, Tensor | None], dtype: torch.dtype) -> float:
-    """The factor by which the gradient was rescaled between backward and step, by clipping for instance.
+def unscaled(gradient: Tensor | None, optimizer: Optimizer) -> Tensor | None:
+    """The gradient that the optimizer uses: a GradScaler leaves it to a fused optimizer to divide by the loss scale."""
+    scale = getattr(optimizer, "grad_scale", None)
+    return gradient if gradient is None or scale is None else gradient / scale.to(gradient)
 
-    Args:
-        arrived: `fingerprint` of each parameter's gradient as the backward pass left it.
-        gradients: the gradients now.
-        dtype: their type, which tells how equal "equal" is.
 
-    Returns:
-        The factor; 1 unless all tensors shrank or grew by the same one, as anything else is no rescaling.
-    """
-    present = {name: gradient for name, gradient in gradients.items() if gradient is not None and name in arrived}
-    if not present:
-        return 1.0
-    before = torch.stack([arrived[name] for name in present]).to(torch.float64).cpu().numpy()
-    now = torch.stack([fingerprint(gradient) for gradient in present.values()]).to(torch.float64).cpu().numpy()
-    norms = before[:, 0]
-    if not norms.any() or np.array_equal(before, now):
-        return 1.0
-    scale = float(np.linalg.norm(now[:, 0]) / np.linalg.norm(norms))
-    units = _ROUNDING_UNITS * torch.finfo(dtype).eps
-    roots = np.sqrt([gradient.numel() for gradient in present.values()])
-    same_norms = np.abs(now[:, 0] - scale * norms) <= units * scale * norms
-    same_sums = np.abs(now[:, 1] - scale * before[:, 1]) <= units * scale * norms * roots
-    return scale if bool(np.all(same_norms & same_sums)) else 1.0
+class Arrivals:
+    """Keeps every parameter's gradient as the last backward pass left it, to tell what the loop did to it since."""
+
+    def __init__(self) -> None:
+        self._gradients: dict[str, Tensor] = {}
+        self._hidden: set[str] = set()
+        self._limits: set[float] = set()
+
+    def note(self, name: str, parameter: Tensor) -> None:
+        """Called by the recorder's own hook when a parameter's gradient has been accumulated."""
+        if parameter.grad is None or parameter.grad.is_sparse:
+            return
+        self._gradients[name] = parameter.grad.detach().clone()
+        # Hooks of the loop may have rescaled it before it could be seen.
+        others = len(parameter._backward_hooks or ()) + len(parameter._post_accumulate_grad_hooks) - 1
+        if others:
+            self._hidden.add(name)
+
+    def rescaling(
+        self, table: ParameterTable, gradients: Mapping[str, Tensor | None], step: int
+    ) -> dict[str, tuple[float, float]]:
+        """The pair (s, c) of each gradient G = clamp(s·g, −c, c), by parameter; see `explaind.rescaling`.
+
+        It is NaN where g was not seen, as a hook changed it, or the loop has put G there by hand.
+
+        Raises:
+            NonFiniteError: g had NaN or infinite entries that the loop has replaced.
+        """
+        present = {name: gradient for name, gradient in gradients.items() if gradient is not None}
+        seen = {name: self._gradients[name] for name in present if name in self._gradients}
+        different = [(seen[name] != present[name]).any() for name in seen]
+        flags = torch.stack(different).tolist() if different else []
+        changed = [name for name, flag in zip(seen, flags, strict=True) if flag and name not in self._hidden]
+        found = dict.fromkeys(gradients, (1.0, math.inf))
+        if changed:
+            if bad := first_nonfinite({name: seen[name] for name in changed}):
+                raise NonFiniteError(
+                    f"the backward pass gave the gradient of '{bad}' NaN or infinite entries at step {step}, which the "
+                    "loop has replaced since. What came from which example cannot be told; skip such steps instead."
+                )
+            before, now = table.flatten(seen), table.flatten(present)
+            parameters = [parameter for parameter in table if parameter.name in changed]
+            found |= find_rescaling(parameters, before, now, limits=sorted(self._limits))
+            self._limits |= {limit for _, limit in found.values() if limit < math.inf}
+        return found | dict.fromkeys(present.keys() & self._hidden | present.keys() - seen.keys(), (math.nan, math.nan))
+
+    def forget(self, names: Iterable[str]) -> None:
+        """These gradients have been used."""
+        for name in names:
+            self._gradients.pop(name, None)
+            self._hidden.discard(name)

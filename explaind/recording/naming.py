@@ -22,8 +22,9 @@ class ExampleNames:
     def __init__(self) -> None:
         self.current: list[int] | None = None
         """Ids of the rows of the next calls, `[row]`; None if they have no names."""
+        self._batch: Any = None
         self._by_hand = False
-        self._used_by_hand: list[tuple[Sequence[int], NDArray[np.int64]]] = []
+        self._used_by_hand: list[tuple[Sequence[int], str | None, NDArray[np.int64]]] = []
         self._ever: bool | None = None
         self._loaders: dict[int, tuple[DataLoader[Any], DataLoader[Any]]] = {}
         self._dataset: Any = None
@@ -51,10 +52,24 @@ class ExampleNames:
         self._iterating = True
         try:
             for indices, batch in loader:
-                self.current, self._by_hand = indices, False
+                self.current, self._batch, self._by_hand = indices, batch, False
                 yield batch
         finally:
-            self.current, self._iterating = None, False
+            self.current, self._batch, self._iterating = None, None, False
+
+    @property
+    def batch(self) -> Any:
+        """The batch that the next forward calls are about.
+
+        Raises:
+            RecordingError: it does not come from `batches`.
+        """
+        if self._batch is None:
+            raise RecordingError(
+                "an objective is a function of the batch, so it must be known: iterate over recorder.batches(loader), "
+                "and call the model for other purposes under torch.no_grad()."
+            )
+        return self._batch
 
     def by_hand(self, ids: Sequence[int] | NDArray[Any] | Tensor) -> None:
         """Name the rows of the next calls with one batch, up to the end of the step."""
@@ -72,7 +87,9 @@ class ExampleNames:
             self.current = None
         self._used_by_hand.clear()
 
-    def resolve(self, given: Sequence[int] | None, content: NDArray[np.int64], step: int) -> NDArray[np.int64]:
+    def resolve(
+        self, given: Sequence[int] | None, content: NDArray[np.int64], step: int, part: str | None
+    ) -> NDArray[np.int64]:
         """The ids of a call's rows: those given, or their content's number.
 
         Raises:
@@ -95,11 +112,11 @@ class ExampleNames:
                 "recorder.examples(ids) with one id per row before each forward call."
             )
         if self._by_hand:
-            for earlier, inputs in self._used_by_hand:
-                if earlier is given and not np.array_equal(inputs, content):
+            for earlier, called, inputs in self._used_by_hand:
+                if earlier is given and called == part and not np.array_equal(inputs, content):
                     raise RecordingError(
                         f"two different batches of step {step} have the ids of one call of recorder.examples(ids). "
                         "Call it before the forward pass of each micro-batch."
                     )
-            self._used_by_hand.append((given, content))
+            self._used_by_hand.append((given, part, content))
         return np.array(given, dtype=np.int64)

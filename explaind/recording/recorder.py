@@ -9,7 +9,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -17,10 +16,12 @@ from torch.utils.data import DataLoader
 
 from explaind.errors import NonFiniteError, RecordingError
 from explaind.parameters import ParameterTable
-from explaind.recording.capture import CallCapture, ForwardCall, to_numpy
-from explaind.recording.gradients import fingerprint, first_nonfinite, gradient_scale
+from explaind.recording.capture import CallCapture, ForwardCall
+from explaind.recording.gradients import Arrivals, first_nonfinite, skipped_by_scaler, unscaled
 from explaind.recording.naming import ExampleNames
-from explaind.recording.ownership import check_model_and_optimizer, owning_groups, tracked_parameters
+from explaind.recording.optimizers import Optimizers
+from explaind.recording.ownership import GroupMembers, check_model_and_optimizers, owning_groups, tracked_parameters
+from explaind.recording.replays import StepReplays
 from explaind.recording.steps import StepRows
 from explaind.store import check_free, free_path
 
@@ -29,10 +30,11 @@ __all__ = ["Recorder", "trace"]
 
 def trace(
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Sequence[Optimizer],
     store: str | Path | None = None,
     *,
     example_grads: Literal["replayed", "stored"] = "replayed",
+    objective: Callable[[nn.Module, Any], Tensor] | None = None,
     overwrite: bool = False,
     metadata: Mapping[str, Any] | None = None,
 ) -> Recorder:
@@ -43,11 +45,16 @@ def trace(
     the cotangents c = ∂L/∂f, the examples' ids, the training mode and the random number generator's state.
 
     Args:
-        model: returns one tensor with a row per example; called as `model(…)` in the loop.
-        optimizer: owns all parameters of `model` that require gradients, and no others.
+        model: called as `model(…)` in the loop, with tensors that have a row per example; what the loss is computed
+            from has one too. A ModuleDict or ModuleList stands for modules that the loop calls one by one.
+        optimizer: owns all parameters of `model` that require gradients, and no others. Several that share them, such
+            as `[muon, adamw]`, make one step together: a round in which each steps at most once.
         store: directory of the zarr store to write; by default the first free `storage/run-N.zarr`.
         example_grads: `"replayed"` recomputes per-example gradients from the record when they are needed;
             `"stored"` writes them down, at `num_rows · D` numbers per step.
+        objective: `objective(model, batch)` returns the losses of a batch's examples, `[example]` or
+            `[example, token]`, whose sum is the loop's loss; for models that compute their loss inside, or whose
+            outputs are too large to keep cotangents of. The batch is the one that `recorder.batches` yielded.
         overwrite: replace a run that is already at `store`.
         metadata: JSON-able notes to keep with the run.
 
@@ -78,7 +85,13 @@ def trace(
         raise TypeError(f"metadata must be plain data that JSON can hold: {error}.") from error
     path = Path(store) if store is not None else free_path(Path("storage"))
     return Recorder(
-        model, optimizer, path, example_grads=example_grads, overwrite=overwrite, metadata=dict(metadata or {})
+        model,
+        optimizer,
+        path,
+        example_grads=example_grads,
+        objective=objective,
+        overwrite=overwrite,
+        metadata=dict(metadata or {}),
     )
 
 
@@ -88,29 +101,45 @@ class Recorder:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         path: Path,
         *,
         example_grads: Literal["replayed", "stored"],
+        objective: Callable[[nn.Module, Any], Tensor] | None,
         overwrite: bool,
         metadata: dict[str, Any],
     ) -> None:
-        check_model_and_optimizer(model, optimizer)
+        self._called = model
+        model = getattr(model, "_orig_mod", model)  # of a compiled model the one that it was made of
+        optimizers = Optimizers(optimizer if isinstance(optimizer, Sequence) else [optimizer])
+        check_model_and_optimizers(model, optimizers)
         self.path = path
         """Directory of the store."""
         self._model = model
-        self._optimizer = optimizer
-        self._tracked = tracked_parameters(model, optimizer)
-        self._table = ParameterTable.of(self._tracked, owning_groups(self._tracked, optimizer))
+        self._objective = objective
+        self._optimizers = optimizers
+        self._tracked = tracked_parameters(model, optimizers)
+        self._table = ParameterTable.of(self._tracked, owning_groups(self._tracked, optimizers))
+        self._members = GroupMembers(optimizers)
+        self._stepping = False
+        self._stepped: set[Optimizer] = set()
         self._names = ExampleNames()
-        self._arrived: dict[str, Tensor] = {}
-        self._loss: float = math.nan
+        self._arrivals = Arrivals()
+        self._watched: set[str] = set()
+        self._loss = self._step_loss = math.nan
         self._hooks: list[Any] = []
         self._entered = False
         self._overwrite = overwrite
+        self._replays = StepReplays(
+            model,
+            self._tracked,
+            self._table,
+            objective=objective,
+            fixed_tensors=lambda version: self._rows.fixed_tensors(version),
+        )
         self._rows = StepRows(
             model,
-            optimizer,
+            optimizers,
             path,
             self._tracked,
             self._table,
@@ -179,19 +208,19 @@ class Recorder:
         self._rows.open(overwrite=self._overwrite)
         self._capture = CallCapture(
             self._model,
+            self._called,
             current_step=lambda: self.num_steps,
             current_ids=lambda: self._names.current,
+            current_batch=(lambda: self._names.batch) if self._objective else None,
+            before_call=self._before_call,
+            fixed_version=self._rows.fixed_version,
             gradients_cleared=self._gradients_cleared,
         )
         self._hooks = [
-            self._optimizer.register_step_pre_hook(self._before_step),
-            self._optimizer.register_step_post_hook(self._after_step),
-            *(
-                parameter.register_post_accumulate_grad_hook(self._note_arrival(name))
-                for name, parameter in self._tracked.items()
-                if parameter.requires_grad
-            ),
+            *(optimizer.register_step_pre_hook(self._before_step) for optimizer in self._optimizers),
+            *(optimizer.register_step_post_hook(self._after_step) for optimizer in self._optimizers),
         ]
+        self._watch_gradients()
         return self
 
     def __exit__(
@@ -204,6 +233,8 @@ class Recorder:
             hook.remove()
         self._hooks = []
         self._capture.remove()
+        if self._stepped and not self._stepping:
+            self._end_step()
         self._rows.close()
 
     # ------------------------------------------------------------------ hooks
@@ -211,18 +242,51 @@ class Recorder:
     def _gradients_cleared(self) -> bool:
         return not any(p.grad is not None and bool(p.grad.any()) for p in self._tracked.values())
 
+    def _watch_gradients(self) -> None:
+        """See the gradients of the parameters that require some by now."""
+        for name, parameter in self._tracked.items():
+            if parameter.requires_grad and name not in self._watched:
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._note_arrival(name)))
+                self._watched.add(name)
+
     def _note_arrival(self, name: str) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
             self._capture.settle()
-            if parameter.grad is not None and not parameter.grad.is_sparse:
-                self._arrived[name] = fingerprint(parameter.grad)
+            self._arrivals.note(name, parameter)
 
         return hook
 
+    def _before_call(self) -> None:
+        if self._stepped and not self._stepping:  # a forward pass begins the next round, also if not all have stepped
+            self._end_step()
+        self._take_in_parameters()
+        self._watch_gradients()
+
+    def _take_in_parameters(self) -> None:
+        """Record the parameters, too, that the optimizers were given since the last step."""
+        if self._rows.unfinished or not self._members.have_changed():
+            return
+        every = tracked_parameters(self._model, self._optimizers)
+        owned = {id(parameter) for group in self._optimizers.param_groups for parameter in group["params"]}
+        if foreign := len(owned) - len(every):
+            raise RecordingError(
+                f"a group was added to the optimizer with {foreign} parameter{'s' if foreign > 1 else ''} that the "
+                f"traced model does not have; what they do cannot be recorded. The {self.num_steps} steps before are "
+                f"safe in {self.path}."
+            )
+        places = self._members.places()
+        tracked = self._tracked | {name: parameter for name, parameter in every.items() if name not in self._tracked}
+        table = ParameterTable.of(tracked, owning_groups(tracked, self._optimizers))
+        self._rows.widen(tracked, table, places)
+        self._replays.widen(tracked, table)
+        self._tracked, self._table = tracked, table
+
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if skipped_by_scaler(optimizer):
+            return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            self._record_step()
+            self._record_step(optimizer)
             return None
 
         # With a closure the gradient is computed inside `step`: it is complete once the closure returns.
@@ -230,7 +294,7 @@ class Recorder:
             loss = closure()
             if loss is not None:
                 self.log(loss=loss)
-            self._record_step()
+            self._record_step(optimizer)
             return loss
 
         if "closure" in kwargs:
@@ -238,43 +302,57 @@ class Recorder:
         return (args[0], traced_closure, *args[2:]), kwargs
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if skipped_by_scaler(optimizer):
+            return
         if (name := first_nonfinite(self._tracked)) is not None:
             raise NonFiniteError(
                 f"step {self.num_steps} made entries of the parameter '{name}' NaN or infinite. The steps before it "
                 f"are safe in {self.path}."
             )
-        self._rows.finish()
+        self._stepping = False
+        self._stepped.add(optimizer)
+        if len(self._stepped) == len(self._optimizers):
+            self._end_step()
+
+    def _end_step(self) -> None:
+        self._rows.finish(loss=self._step_loss)
+        self._stepped.clear()
         self._names.end_step()
 
-    def _record_step(self) -> None:
+    def _record_step(self, optimizer: Optimizer) -> None:
+        if self._stepping or (self._rows.unfinished and not self._stepped):
+            raise RecordingError(
+                f"the optimizer's step {self.num_steps} began again before it was finished: an error stopped it, or "
+                "its step() calls that of another optimizer class. A recording cannot go on after that."
+            )
+        if optimizer in self._stepped:
+            self._end_step()
+        self._take_in_parameters()
         calls = self._capture.take()
         if self._gradients_cleared():  # and so the calls before it do not count
             calls = []
-        gradients = {name: parameter.grad for name, parameter in self._tracked.items()}
+        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        gradients = {
+            name: unscaled(parameter.grad, optimizer)
+            for name, parameter in self._tracked.items()
+            if id(parameter) in own
+        }
         self._check_step(calls, gradients)
-        scale = gradient_scale(self._arrived, gradients, self._table.dtype)
-        self._rows.begin(calls, gradients, scale=scale, loss=self._loss)
-        self._loss = math.nan
-        self._arrived.clear()
+        rescaling = self._arrivals.rescaling(self._table, gradients, self.num_steps)
+        if not self._stepped:
+            self._rows.begin()
+            self._rows.add_calls(calls)
+            self._step_loss, self._loss = self._loss, math.nan
+        self._rows.add_gradients(gradients, rescaling)
+        self._stepping = True
+        if self._objective is not None and self.num_steps == 0 and calls:
+            with self._capture.paused():
+                self._replays.check_objective(calls, gradients, rescaling, self.num_steps)
+        self._arrivals.forget(gradients)
 
     def _example_grads(self, call: ForwardCall) -> NDArray[Any]:
-        from explaind.path.gradients import example_gradients  # needed for this option only
-        from explaind.path.model import modes
-
-        assert call.output_grad is not None
-        params: dict[str, Tensor] = {name: parameter.detach() for name, parameter in self._tracked.items()}
-        device = call.output_grad.device
-        inputs = {name: torch.from_numpy(rows).to(device) for name, rows in call.inputs.items()}
-        with self._capture.paused(), modes(self._model, call.training.tolist()):
-            try:
-                gradients = example_gradients(self._model, params, inputs, call.constants, call.output_grad)
-            except (RuntimeError, ValueError) as error:
-                raise RecordingError(
-                    "the model's per-example gradients cannot be computed one example at a time (dropout, or a "
-                    "layer that couples the batch), so example_grads='stored' is not possible; use "
-                    "example_grads='replayed'."
-                ) from error
-        return to_numpy(self._table.flatten_rows(gradients))
+        with self._capture.paused():
+            return self._replays.example_grads(call)
 
     # ------------------------------------------------------------------ checks
 
@@ -283,24 +361,33 @@ class Recorder:
         for name, grad in present.items():
             if grad.is_sparse:
                 raise RecordingError(f"the gradient of '{name}' is sparse; make its layer with sparse=False.")
-        if self._rows.unfinished:
-            raise RecordingError(
-                f"the optimizer's step {self.num_steps} began again before it was finished: an error stopped it, or "
-                "its step() calls that of another optimizer class. A recording cannot go on after that."
-            )
         for what, tensors in (("gradient of", present), ("parameter", self._tracked)):
             if bad := first_nonfinite(tensors):
                 raise NonFiniteError(
                     f"the {what} '{bad}' has NaN or infinite entries at step {self.num_steps}. The steps before it are "
                     f"safe in {self.path}."
                 )
-        if not calls and not self._gradients_cleared():
+        for call in calls:
+            if call.step == self.num_steps and (changed := call.first_changed(self._model)) is not None:
+                raise RecordingError(
+                    f"the parameter '{changed}' was changed between the forward pass and the optimizer's step "
+                    f"{self.num_steps}, so the gradient is not that of the weights that the step begins with. Change "
+                    "weights after the step (to decay or clamp them, say). A step along the gradient at other weights, as "
+                    "in sharpness-aware minimisation, cannot be traced."
+                )
+        if self._stepped and calls:
+            raise RecordingError(
+                f"a backward pass came between the steps of two optimizers in step {self.num_steps}, so they do not "
+                "share one gradient. Compute all gradients before the first of them steps, or make the forward pass of "
+                "the second after the step of the first."
+            )
+        if not self._stepped and not calls and not self._gradients_cleared():
             raise RecordingError(
                 f"no call of the traced model reached the gradient of step {self.num_steps}. Call the model itself, "
                 "model(x), not model.forward(x) or one of its parts, inside the traced block."
             )
-        if len(self._optimizer.param_groups) != self._rows.num_groups:
+        if self._members.have_changed():
             raise RecordingError(
-                "a parameter group was added to the optimizer while it was traced. Add all groups before "
-                "explaind.trace (with lr=0 until they are needed)."
+                f"a parameter group was added between the steps of two optimizers in step {self.num_steps}. Add it "
+                "after both or before both."
             )

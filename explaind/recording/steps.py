@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,17 +13,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from explaind.errors import RecordingError
 from explaind.parameters import ParameterTable
+from explaind.recording.calls import CallRows
 from explaind.recording.capture import ForwardCall, to_numpy
-from explaind.recording.examples import InputTable
 from explaind.recording.fixed import FixedTensors, module_types
 from explaind.recording.gradients import first_nonfinite
 from explaind.recording.groups import GroupHistory
 from explaind.recording.naming import ExampleNames
+from explaind.recording.optimizers import Optimizers
 from explaind.recording.state import StateHistory
+from explaind.recording.widening import Widening
 from explaind.store import StoreWriter
 
 __all__ = ["StepRows"]
@@ -34,7 +35,7 @@ class StepRows:
     """Turns steps into rows of the store's arrays; `storage/README.md` says what each array means.
 
     Args:
-        model, optimizer: what is recorded.
+        model, optimizers: what is recorded.
         path: directory of the store.
         tracked: the recorded parameters, by name.
         table: their order.
@@ -46,7 +47,7 @@ class StepRows:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizers: Optimizers,
         path: Path,
         tracked: Mapping[str, nn.Parameter],
         table: ParameterTable,
@@ -59,45 +60,70 @@ class StepRows:
         """Number of finished steps."""
         self.unfinished = False
         """Whether a step has begun that the optimizer has not finished."""
-        self._path, self._optimizer, self._tracked, self._table = path, optimizer, tracked, table
+        self._path, self._optimizers, self._tracked, self._table = path, optimizers, tracked, table
         self._names, self._example_grads = names, example_grads
-        self._groups = GroupHistory(optimizer)
+        self._groups = GroupHistory(optimizers)
         self._fixed = FixedTensors(model, tracked)
-        self._inputs = InputTable()
-        self._constants: dict[str, Any] | None = None
         self._held: list[tuple[str, NDArray[Any], tuple[str, ...]]] = []
         self._last_flush = time.monotonic()
         self._flush_seconds = _FIRST_FLUSH_SECONDS
-        self._attributes = {
-            "parameters": table.to_json(),
-            "fixed": self._fixed.layout,
+        self._attributes = self._layout(table, self._groups, self._fixed.layout) | {
             "modules": module_types(model),
             "model": type(model).__name__,
-            "optimizer": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
-            "groups": self._groups.constants,
-            "group_keys": self._groups.keys,
+            "optimizer": optimizers.name,
             "example_grads": "replayed" if example_grads is None else "stored",
             "device": str(next(iter(tracked.values())).device),
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
             "metadata": metadata,
         }
 
-    @property
-    def num_groups(self) -> int:
-        """Number of parameter groups that are written."""
-        return self._groups.num_groups
+    def _layout(self, table: ParameterTable, groups: GroupHistory, fixed: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The attributes that say what each element, parameter, group and byte is."""
+        return {
+            "parameters": table.to_json(),
+            "fixed": fixed,
+            "group_optimizers": self._optimizers.group_classes,
+            "groups": groups.constants,
+            "group_keys": groups.keys,
+            "group_types": groups.types,
+        }
 
     def open(self, *, overwrite: bool) -> None:
         """Create the store and publish it, with no step yet."""
         self._writer = StoreWriter(self._path, attributes=self._attributes, overwrite=overwrite)
-        self._state = StateHistory(self._optimizer, self._tracked, self._table, self._writer.add)
+        self._calls = CallRows(
+            names=self._names,
+            example_grads=self._example_grads,
+            hold=self._hold,
+            describe=self._writer.set_attributes,
+        )
+        self._state = StateHistory(self._optimizers, self._tracked, self._table, self._writer)
         self._state.add()
         self._writer.flush()
 
-    def begin(
-        self, calls: Sequence[ForwardCall], gradients: Mapping[str, Tensor | None], *, scale: float, loss: float
-    ) -> None:
-        """Take down what the optimizer is about to use: θ_s, G_s, its settings and the calls behind G_s."""
+    def widen(self, tracked: Mapping[str, nn.Parameter], table: ParameterTable, places: Sequence[int]) -> None:
+        """Go on, between two steps, with parameters that were frozen so far; earlier rows get what they were then.
+
+        Args:
+            tracked: all parameters from now on, by name.
+            table: their order, the new ones last.
+            places: number of each earlier parameter group among those that there are now.
+
+        Raises:
+            RecordingError: the disk is full; the store is as it was.
+        """
+        widening = Widening(old=self._table, new=table, fixed=self._fixed.layout)
+        groups = self._groups.widened(places)
+        changes = widening.changes(self._writer.dims, self._writer.read_row)
+        changes["hyperparameters"] = lambda rows, start: groups.rearrange(rows, self._groups, places)
+        fixed = [entry for entry in self._fixed.layout if entry["name"] not in tracked]
+        self._writer.rewrite(changes, attributes=self._layout(table, groups, fixed))
+        self._tracked, self._table, self._groups = tracked, table, groups
+        self._fixed.release(tracked, widening.without_new)
+        self._state.widen(tracked, table)
+
+    def begin(self) -> None:
+        """Take down θ_s, the parameters that the step starts from."""
         self.unfinished = True
         self._add_snapshot()
         # Every earlier step is whole now, as the parameters after it are known.
@@ -105,20 +131,45 @@ class StepRows:
             self._writer.flush()
             self._last_flush = time.monotonic()
             self._flush_seconds = min(2 * self._flush_seconds, _FLUSH_SECONDS)
-        for call in calls:
-            self._hold_call(call)
-        updated = [gradient is not None for gradient in gradients.values()]
-        self._hold_one("gradient", to_numpy(self._table.flatten(gradients)), ("step", "element"))
-        self._hold_one("updated", np.array(updated), ("step", "parameter"))
-        self._hold_one("gradient_scale", np.float64(scale), ("step",))
-        self._hold_one("hyperparameters", self._groups.values(), ("step", "group", "hyperparameter"))
-        self._hold_one("loss", np.float64(loss), ("step",))
+        self._gradients: dict[str, Tensor] = {}
+        self._rescaling = dict.fromkeys(self._table.names, (1.0, math.inf))
+        self._hyperparameters = self._groups.values()
 
-    def finish(self) -> None:
-        """The optimizer has made the step: it counts, and its new state is written."""
+    def add_calls(self, calls: Sequence[ForwardCall]) -> None:
+        """Take down the forward calls that the step's gradient came through."""
+        for call in calls:
+            self._calls.hold(call, self.num_steps)
+
+    def add_gradients(
+        self, gradients: Mapping[str, Tensor | None], rescaling: Mapping[str, tuple[float, float]]
+    ) -> None:
+        """Take down what an optimizer is about to use: G_s of its parameters, and its settings.
+
+        Args:
+            gradients: of the optimizer's parameters, by name.
+            rescaling: how they were rescaled since the backward pass, the pair (s, c) of each.
+        """
+        settings = self._groups.values()
+        for parameter in self._table:
+            if parameter.name in gradients:
+                self._hyperparameters[parameter.group] = settings[parameter.group]
+        self._rescaling |= rescaling
+        self._gradients |= {name: grad.detach().clone() for name, grad in gradients.items() if grad is not None}
+
+    def finish(self, *, loss: float) -> None:
+        """The optimizers have made the step: it counts, and their new state is written."""
+        updated = np.array([name in self._gradients for name in self._table.names])
+        self._hold_one("gradient", to_numpy(self._table.flatten(self._gradients)), ("step", "element"))
+        self._hold_one("updated", updated, ("step", "parameter"))
+        scale, limit = zip(*(self._rescaling[name] for name in self._table.names), strict=True)
+        self._hold_one("gradient_scale", np.array(scale), ("step", "parameter"))
+        self._hold_one("gradient_limit", np.array(limit), ("step", "parameter"))
+        self._hold_one("hyperparameters", self._hyperparameters, ("step", "group", "hyperparameter"))
+        self._hold_one("loss", np.float64(loss), ("step",))
         for rows in self._held:
             self._writer.add(*rows)
         self._held.clear()
+        self._fixed.forget()
         self.unfinished = False
         self.num_steps += 1
         self._state.add()
@@ -128,47 +179,23 @@ class StepRows:
         # A step that was not finished is no step: the parameters before it are written already.
         if not self.unfinished and first_nonfinite(self._tracked) is None:
             self._add_snapshot()
-        if self._state.left_out:
-            self._writer.set_attributes(unrecorded_state=sorted(self._state.left_out))
         self._writer.flush(complete=True)
 
     def _add_snapshot(self) -> None:
         params = to_numpy(self._table.flatten(self._tracked))
         self._writer.add("params", params[None], ("snapshot", "element"))
+        self._writer.add("snapshot_fixed", np.array([self.fixed_version()], dtype=np.int64), ("snapshot",))
+
+    def fixed_version(self) -> int:
+        """Number of the present version of the buffers and frozen parameters, which is written if it is a new one."""
         version, rows = self._fixed.version()
         if rows is not None:
             self._writer.add("fixed", rows, ("fixed_version", "fixed_byte"))
-        self._writer.add("snapshot_fixed", np.array([version], dtype=np.int64), ("snapshot",))
+        return version
 
-    def _hold_call(self, call: ForwardCall) -> None:
-        assert call.output_grad is not None
-        if call.step != self.num_steps:
-            raise RecordingError(
-                f"step {self.num_steps} uses a forward call that was made before step {call.step}'s update, with other "
-                "parameters. Run the forward pass again after each optimizer step."
-            )
-        if self._constants is None:
-            self._constants = call.constants
-            self._writer.set_attributes(constants=call.constants, inputs=call.input_dtypes)
-        elif self._constants != call.constants:
-            raise RecordingError(
-                f"the model's plain arguments changed from {self._constants} to {call.constants} at step "
-                f"{self.num_steps}; a run needs the same ones in every call."
-            )
-        index, new = self._inputs.add(call.inputs)
-        for name, values in call.inputs.items():
-            self._hold(f"inputs/{name}", values[new], ("input", *(f"{name}_{i}" for i in range(1, values.ndim))))
-        cotangents = to_numpy(call.output_grad)
-        self._hold("output_grad", cotangents, ("row", *(f"output_{i}" for i in range(1, cotangents.ndim))))
-        self._hold("row_input", index, ("row",))
-        self._hold("row_example", self._names.resolve(call.example_ids, index, self.num_steps), ("row",))
-        if self._example_grads is not None:
-            self._hold("example_grad", self._example_grads(call), ("row", "element"))
-        self._hold_one("call_step", np.int64(self.num_steps), ("call",))
-        self._hold_one("call_rows", np.int64(len(index)), ("call",))
-        self._hold_one("output_fingerprint", call.output_fingerprint.double().cpu().numpy(), ("call", "statistic"))
-        self._hold_one("training", call.training, ("call", "module"))
-        self._hold_one("rng_state", call.rng_state, ("call", "rng_byte"))
+    def fixed_tensors(self, version: int) -> dict[str, Tensor]:
+        """The buffers and frozen parameters of a version of the step in progress, by name."""
+        return self._fixed.recent(version)
 
     def _hold(self, name: str, rows: NDArray[Any], dims: tuple[str, ...]) -> None:
         """Hold rows of the step in progress back until the optimizer has finished it."""

@@ -1,0 +1,112 @@
+"""The forward calls of a step as rows of the store: inputs once, cotangents in the order of the calls."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from numpy.typing import NDArray
+
+from explaind.errors import RecordingError
+from explaind.recording.capture import ForwardCall, to_numpy
+from explaind.recording.examples import InputTable
+from explaind.recording.naming import ExampleNames
+
+__all__ = ["CallRows", "input_array", "output_grad_array"]
+
+
+class CallRows:
+    """Sorts calls into kinds, which share their arrays, and writes them down.
+
+    Args:
+        names: gives the rows' example ids.
+        example_grads: computes the per-example gradients of a call, `[row, element]`; None if they are not stored.
+        hold: takes an array's name, its new rows and the names of its dimensions.
+        describe: takes attributes of the run.
+    """
+
+    def __init__(
+        self,
+        *,
+        names: ExampleNames,
+        example_grads: Callable[[ForwardCall], NDArray[Any]] | None,
+        hold: Callable[[str, NDArray[Any], tuple[str, ...]], None],
+        describe: Callable[..., None],
+    ) -> None:
+        self._names, self._example_grads = names, example_grads
+        self._hold, self._describe = hold, describe
+        self._inputs = InputTable()
+        self._layouts: list[dict[str, str]] = []
+        self._kinds: dict[Any, int] = {}
+        self._descriptions: list[dict[str, Any]] = []
+
+    def hold(self, call: ForwardCall, step: int) -> None:
+        """Write down a call that a step's gradient came through.
+
+        Raises:
+            RecordingError: it was made with the parameters of an earlier step, or its examples are not known.
+        """
+        if call.step != step:
+            raise RecordingError(
+                f"step {step} uses a forward call that was made before step {call.step}'s update, with other "
+                "parameters. Run the forward pass again after each optimizer step."
+            )
+        if call.part and call.example_ids is None:
+            raise RecordingError(
+                f"the modules of a container are called with each other's outputs, so the examples of a call of "
+                f"'{call.part}' have no content to be told by. Name them: iterate over recorder.batches(loader), or "
+                "call recorder.examples(ids) in every step."
+            )
+        layout, content, index, new = self._inputs.add(call.inputs)
+        if layout == len(self._layouts):
+            self._layouts.append(call.input_dtypes)
+        for name, values in call.inputs.items():
+            rows = f"input_{layout}" if layout else "input"
+            self._hold(input_array(layout, name), values[new], (rows, *_axes(name, values)))
+        kind = self._kind(call, layout)
+        for place, (name, gradient) in enumerate(call.output_grads.items()):
+            cotangents = to_numpy(gradient)
+            self._hold(
+                output_grad_array(kind, place, name), cotangents, (f"row_of_kind_{kind}", *_axes("output", cotangents))
+            )
+        self._hold("row_input", index, ("row",))
+        self._hold("row_example", self._names.resolve(call.example_ids, content, step, call.part), ("row",))
+        if self._example_grads is not None:
+            self._hold("example_grad", self._example_grads(call), ("row", "element"))
+        self._hold_one("call_step", np.int64(step), ("call",))
+        self._hold_one("call_rows", np.int64(len(index)), ("call",))
+        self._hold_one("call_kind", np.int64(kind), ("call",))
+        self._hold_one("call_fixed", np.int64(call.fixed_version), ("call",))
+        self._hold_one("output_fingerprint", call.output_fingerprint.cpu().numpy(), ("call", "statistic"))
+        self._hold_one("training", call.training, ("call", "module"))
+        self._hold_one("rng_state", call.rng_state, ("call", "rng_byte"))
+
+    def _kind(self, call: ForwardCall, layout: int) -> int:
+        """Number of the call's kind: calls of one have the same arguments, and tensors shaped alike."""
+        shapes = tuple((gradient.shape[1:], gradient.dtype) for gradient in call.output_grads.values())
+        key = (call.kind.key, layout, shapes)
+        if key not in self._kinds:
+            self._kinds[key] = len(self._kinds)
+            self._descriptions.append(dataclasses.asdict(call.kind) | {"inputs": layout})
+            self._describe(call_kinds=self._descriptions, input_layouts=self._layouts)
+        return self._kinds[key]
+
+    def _hold_one(self, name: str, row: Any, dims: tuple[str, ...]) -> None:
+        self._hold(name, np.asarray(row)[None], dims)
+
+
+def input_array(layout: int, name: str) -> str:
+    """Name of the array of an input tensor; inputs of one layout are named and shaped alike."""
+    return f"inputs-{layout}/{quote(name, safe='')}" if layout else f"inputs/{quote(name, safe='')}"
+
+
+def output_grad_array(kind: int, place: int, name: str) -> str:
+    """Name of the array of cotangents of an output tensor, the `place`-th of its kind."""
+    return "output_grad" if kind == 0 and not name else f"output_grads/{kind}.{place}"
+
+
+def _axes(name: str, rows: NDArray[Any]) -> tuple[str, ...]:
+    return tuple(f"{name}_{axis}" for axis in range(1, rows.ndim))

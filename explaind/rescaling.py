@@ -1,0 +1,162 @@
+"""What the loop did to a gradient between the backward pass and the optimizer, as one factor per entry.
+
+Clipping by norm, loss scaling and layer-wise rates multiply a parameter's gradient g by a number s; clipping by value
+bounds its entries by a number c. In either order, and for each parameter tensor on its own, that is
+
+    G = clamp(s·g, −c, c) = factor ⊙ g,    factor = min(s, c / |g|),
+
+and so every example's share of g is multiplied by the factor. Noise and penalties are not of this form: what entries of
+different sizes do not bear out is no rescaling.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from explaind.parameters import Parameter, ParameterTable
+
+__all__ = ["Rescaling", "find_rescaling"]
+
+_ROUNDING_UNITS = 32
+_DIFFERENT = 1.01
+"""Entries of one size can be one number, seen twice: a loss with two outputs gives (a, −a). A penalty on it is, too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rescaling:
+    """s and c of every entry of the flat gradient, float64 `[element]`; where nothing was done, 1 and infinity."""
+
+    scale: Tensor
+    limit: Tensor
+
+    @classmethod
+    def of(
+        cls, table: ParameterTable, scale: Sequence[float], limit: Sequence[float], before: Tensor, now: Tensor
+    ) -> Rescaling:
+        """From one s and c per parameter; those that are NaN are found from g `before` and G `now`, `[element]`."""
+        unknown = [parameter for parameter, known in zip(table, scale, strict=True) if math.isnan(known)]
+        found = find_rescaling(unknown, before, now)
+        pairs = {p.name: pair for p, *pair in zip(table, scale, limit, strict=True)} | found
+        scales, limits = zip(*(pairs[name] for name in table.names), strict=True)
+        return cls(scale=table.expand(scales).to(before.device), limit=table.expand(limits).to(before.device))
+
+    def apply(self, gradient: Tensor) -> Tensor:
+        """G of g, float64 `[element]`.
+
+        >>> import torch
+        >>> rescaling = Rescaling(scale=torch.full((3,), 0.5), limit=torch.full((3,), 1.0))
+        >>> rescaling.apply(torch.tensor([1.0, -4.0, 0.0]))
+        tensor([ 0.5000, -1.0000,  0.0000], dtype=torch.float64)
+        """
+        return (self.scale * gradient.to(torch.float64)).clamp(-self.limit, self.limit)
+
+    def factor(self, gradient: Tensor) -> Tensor:
+        """G / g entry by entry, float64 `[element]`; s where g is zero."""
+        size = self.scale.abs().minimum(self.limit / gradient.to(torch.float64).abs())
+        return size.copysign(self.scale)
+
+
+def find_rescaling(
+    parameters: Iterable[Parameter], before: Tensor, now: Tensor, *, limits: Iterable[float] = ()
+) -> dict[str, tuple[float, float]]:
+    """The numbers s and c of each parameter, such that G = clamp(s·g, −c, c) up to rounding; else 1 and infinity.
+
+    A pair counts only where entries of different sizes bear it out: those of all parameters together, of one
+    parameter, or, for a parameter whose entries are of one size, of another one.
+
+    Args:
+        parameters: which to look at.
+        before: g, `[element]`.
+        now: G, `[element]`.
+        limits: bounds c that are known to be in use.
+    """
+    found = {parameter.name: (1.0, math.inf) for parameter in parameters}
+    changed = [_Entries.of(p, before, now) for p in parameters if not torch.equal(before[p.slice], now[p.slice])]
+    if not changed:
+        return found
+    if common := _Entries.together(changed).rescaling():
+        return found | {entries.name: common for entries in changed}
+    own = {entries.name: pair for entries in changed if (pair := entries.rescaling())}
+    candidates = [*own.values(), *((1.0, limit) for limit in limits)]
+    for entries in changed:
+        if entries.name not in own:
+            found[entries.name] = next((pair for pair in candidates if entries.agree(*pair)), found[entries.name])
+    return found | own
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entries:
+    """Entries of g and G, float64 `[entry]`, with the rounding of their type."""
+
+    name: str
+    dtype: torch.dtype
+    """float64 if an entry is trained in it, else float32"""
+    before: Tensor
+    now: Tensor
+    unit: Tensor
+    floor: Tensor
+
+    @classmethod
+    def of(cls, parameter: Parameter, before: Tensor, now: Tensor) -> _Entries:
+        g, total = (flat[parameter.slice].to(torch.float64) for flat in (before, now))
+        kind = torch.finfo(parameter.dtype)
+        return cls(
+            name=parameter.name,
+            dtype=torch.promote_types(parameter.dtype, torch.float32),
+            before=g,
+            now=total,
+            unit=torch.full_like(g, _ROUNDING_UNITS * kind.eps),
+            floor=torch.full_like(g, _ROUNDING_UNITS * kind.tiny * kind.eps),
+        )
+
+    @classmethod
+    def together(cls, parts: Sequence[_Entries]) -> _Entries:
+        before, now, unit, floor = (
+            torch.cat([getattr(part, field) for part in parts]) for field in ("before", "now", "unit", "floor")
+        )
+        dtype = torch.float64 if torch.float64 in {part.dtype for part in parts} else torch.float32
+        return cls(name="", dtype=dtype, before=before, now=now, unit=unit, floor=floor)
+
+    def rescaling(self) -> tuple[float, float] | None:
+        """The pair (s, c) that these entries bear out, if there is one."""
+        size = self.now.abs()
+        largest = float(size.max())
+        if not largest:
+            return 0.0, math.inf  # neither noise nor a penalty makes all entries exactly zero
+        scale = self._ratio(size >= 0)
+        if self.agree(scale, math.inf):
+            return (scale, math.inf) if self._differ(size >= 0) else None
+        # Clipped entries are bitwise the same size, and no other is larger.
+        clipped, free = size == largest, (size < largest) & (size > 0)
+        scale = self._ratio(free) if bool(free.any()) else 1.0
+        borne_out = self._differ(free) or self._differ(clipped)
+        return (scale, largest) if borne_out and self.agree(scale, largest) else None
+
+    def agree(self, scale: float, limit: float) -> bool:
+        """Whether G = clamp(s·g, −c, c) up to rounding."""
+        expected = (scale * self.before).clamp(-limit, limit)
+        return bool(((self.now - expected).abs() <= self.unit * expected.abs() + self.floor).all())
+
+    def _ratio(self, chosen: Tensor) -> float:
+        """The s by which s·g is most often G: that of the largest entry, up to its rounding."""
+        g, total = self.before[chosen], self.now[chosen]
+        largest = g.abs().argmax()
+        if not g[largest]:
+            return 1.0
+        ratio = (total[largest] / g[largest]).to(self.dtype)
+        ends = (ratio, ratio.new_tensor(-math.inf), ratio.new_tensor(math.inf))
+        return max(
+            (float(ratio.nextafter(end)) for end in ends),
+            key=lambda scale: int(((scale * g).to(self.dtype) == total).sum()),
+        )
+
+    def _differ(self, chosen: Tensor) -> bool:
+        """Whether g has entries of different sizes among the chosen ones."""
+        sizes = self.before[chosen].abs()
+        sizes = sizes[sizes > 0]
+        return bool(len(sizes)) and bool(sizes.max() > _DIFFERENT * sizes.min())
