@@ -124,7 +124,11 @@ def draw(digits: Digits, chosen: Tensor, predicted: Tensor, result: explaind.Att
     num, num_shown = len(chosen), 4
     figure = plt.figure(figsize=(11, 1.75 * num + 3.2), layout="constrained")
     (above,), (below,) = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.75 * num, 3.2])
-    above.suptitle("What the network learned from single training images about test images that it finds hard")
+    above.suptitle(
+        "The test images that the network finds hardest, and the training images that did most for and against them\n"
+        "(numbers: contributions to the margin, the log-odds of the right label, in nats)",
+        fontsize="medium",
+    )
     table = above.subplots(num, 2 * num_shown + 1, squeeze=False)
     top = result.top(num_shown)
     for row, axes in enumerate(table):
@@ -148,7 +152,7 @@ def draw(digits: Digits, chosen: Tensor, predicted: Tensor, result: explaind.Att
 
 def draw_digit(ax: Axes, image: Tensor, title: str) -> None:
     """An image in ink on paper."""
-    ax.imshow(image[0], cmap="Greys", vmin=0, vmax=1)
+    ax.imshow(image[0].numpy(), cmap="Greys", vmin=0, vmax=1)
     ax.set_title(title, fontsize="medium")
     ax.set_xticks([])
     ax.set_yticks([])
@@ -167,9 +171,7 @@ def draw_layers(figure: SubFigure, digits: Digits, chosen: Tensor, result: expla
     ax.set_yticks(np.arange(shares.sizes["layer"]), shares.layer.values)
     ax.invert_yaxis()
     ax.axvline(0, color="black", linewidth=0.8)
-    ax.set_xlabel(
-        "contribution of all training images through the layer: nats of the margin, the log-odds of its label"
-    )
+    ax.set_xlabel("contribution of all training images through the layer, nats of the margin")
     ax.legend(fontsize="small")
 
 
@@ -201,6 +203,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Train, attribute, check and draw."""
     options = parse(arguments)
+    torch.set_num_threads(1)  # the tensors are small: several threads would mostly wait for each other
     torch.manual_seed(options.seed)
     digits = load_digits(options.num_train, options.seed)
     start = time.monotonic()

@@ -22,9 +22,11 @@ from explaind.parameters import Parameter, ParameterTable
 
 __all__ = ["Rescaling", "find_rescaling"]
 
-_ROUNDING_UNITS = 32
+_ROUNDING_UNITS = 4
 _DIFFERENT = 1.01
 """Entries of one size can be one number, seen twice: a loss with two outputs gives (a, −a). A penalty on it is, too."""
+_ENOUGH_BITS = 18
+"""Digits in which the entries must agree beyond those that fix s and c; noise of 8 times the rounding spoils one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +68,8 @@ def find_rescaling(
 ) -> dict[str, tuple[float, float]]:
     """The numbers s and c of each parameter, such that G = clamp(s·g, −c, c) up to rounding; else 1 and infinity.
 
-    A pair counts only where entries of different sizes bear it out: those of all parameters together, of one
-    parameter, or, for a parameter whose entries are of one size, of another one.
+    A pair counts only where entries of different sizes bear it out: those of the parameter, of another one, or of all
+    that cannot tell by themselves, such as single numbers.
 
     Args:
         parameters: which to look at.
@@ -77,21 +79,23 @@ def find_rescaling(
     """
     found = {parameter.name: (1.0, math.inf) for parameter in parameters}
     changed = [_Entries.of(p, before, now) for p in parameters if not torch.equal(before[p.slice], now[p.slice])]
-    if not changed:
-        return found
-    if common := _Entries.together(changed).rescaling():
-        return found | {entries.name: common for entries in changed}
     own = {entries.name: pair for entries in changed if (pair := entries.rescaling())}
-    candidates = [*own.values(), *((1.0, limit) for limit in limits)]
+    candidates = dict.fromkeys([*own.values(), *((1.0, limit) for limit in limits)])
+    rest = []
     for entries in changed:
-        if entries.name not in own:
-            found[entries.name] = next((pair for pair in candidates if entries.agree(*pair)), found[entries.name])
-    return found | own
+        pair = own.get(entries.name) or next((pair for pair in candidates if entries.agree(*pair)), None)
+        if pair is None:
+            rest.append(entries)
+        else:
+            found[entries.name] = pair
+    if len(rest) > 1 and (common := _Entries.together(rest).rescaling()):
+        found |= {entries.name: common for entries in rest}
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Entries:
-    """Entries of g and G, float64 `[entry]`, with the rounding of their type."""
+    """Entries of g and G, float64 `[entry]`, with the relative and the least rounding of their type."""
 
     name: str
     dtype: torch.dtype
@@ -110,14 +114,15 @@ class _Entries:
             dtype=torch.promote_types(parameter.dtype, torch.float32),
             before=g,
             now=total,
-            unit=torch.full_like(g, _ROUNDING_UNITS * kind.eps),
-            floor=torch.full_like(g, _ROUNDING_UNITS * kind.tiny * kind.eps),
+            unit=g.new_tensor(_ROUNDING_UNITS * kind.eps),
+            floor=g.new_tensor(_ROUNDING_UNITS * kind.tiny * kind.eps),
         )
 
     @classmethod
     def together(cls, parts: Sequence[_Entries]) -> _Entries:
         before, now, unit, floor = (
-            torch.cat([getattr(part, field) for part in parts]) for field in ("before", "now", "unit", "floor")
+            torch.cat([getattr(part, field).expand_as(part.now) for part in parts])
+            for field in ("before", "now", "unit", "floor")
         )
         dtype = torch.float64 if torch.float64 in {part.dtype for part in parts} else torch.float32
         return cls(name="", dtype=dtype, before=before, now=now, unit=unit, floor=floor)
@@ -130,12 +135,11 @@ class _Entries:
             return 0.0, math.inf  # neither noise nor a penalty makes all entries exactly zero
         scale = self._ratio(size >= 0)
         if self.agree(scale, math.inf):
-            return (scale, math.inf) if self._differ(size >= 0) else None
+            return (scale, math.inf) if self._bear_out(size >= 0) else None
         # Clipped entries are bitwise the same size, and no other is larger.
         clipped, free = size == largest, (size < largest) & (size > 0)
         scale = self._ratio(free) if bool(free.any()) else 1.0
-        borne_out = self._differ(free) or self._differ(clipped)
-        return (scale, largest) if borne_out and self.agree(scale, largest) else None
+        return (scale, largest) if self._bear_out(free, clipped) and self.agree(scale, largest) else None
 
     def agree(self, scale: float, limit: float) -> bool:
         """Whether G = clamp(s·g, −c, c) up to rounding."""
@@ -155,8 +159,10 @@ class _Entries:
             key=lambda scale: int(((scale * g).to(self.dtype) == total).sum()),
         )
 
-    def _differ(self, chosen: Tensor) -> bool:
-        """Whether g has entries of different sizes among the chosen ones."""
-        sizes = self.before[chosen].abs()
-        sizes = sizes[sizes > 0]
-        return bool(len(sizes)) and bool(sizes.max() > _DIFFERENT * sizes.min())
+    def _bear_out(self, *parts: Tensor) -> bool:
+        """Whether parts of the entries, each of which fixes a number, have enough others, and of different sizes."""
+        sizes = [self.before[part & (self.before != 0)].abs() for part in parts]
+        sizes = [own for own in sizes if len(own)]
+        differ = any(bool(own.max() > _DIFFERENT * own.min()) for own in sizes)
+        bits = -math.log2(8 * float(self.unit.max()))
+        return differ and sum(len(own) - 1 for own in sizes) * bits >= _ENOUGH_BITS

@@ -60,7 +60,8 @@ class Commit:
     @classmethod
     def read(cls, store: Path) -> Commit:
         """Read the last published commit."""
-        _check_replaced(store)
+        if left := _replaced(store):
+            raise StoreFormatError(left)
         if not (store / _COMMIT_FILE).is_file():
             what = "no such directory" if not store.is_dir() else f"it has no {_COMMIT_FILE}"
             raise StoreFormatError(
@@ -157,7 +158,8 @@ class StoreWriter:
             RecordingError: the disk is full. The store is as it was.
         """
         beside, aside = self.path.with_name(f"{self.path.name}.new.partial"), _aside(self.path)
-        shutil.rmtree(beside, ignore_errors=True)
+        for left in (beside, aside):
+            shutil.rmtree(left, ignore_errors=True)
         with self._need_room():
             self._write_pending()
             try:
@@ -270,6 +272,7 @@ class StoreReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._place = _place(path)
         # The commit is read first: metadata that is read later can only be newer.
         self.commit = Commit.read(path)
         try:
@@ -348,13 +351,27 @@ class StoreReader:
         try:
             block = np.ascontiguousarray(array[start:stop])
         except Exception as error:  # each codec has its own error types
+            self._check_same()
             raise DamagedStoreError(f"a chunk is damaged: {where}: {error}") from error
+        self._check_same()
         if len(block) != stop - start:
             raise DamagedStoreError(f"the array ends too early: {where}; it has only {array.shape[0]} rows")
         self._cache[key] = block
         while len(self._cache) > 1 and sum(chunk.nbytes for chunk in self._cache.values()) > _CACHE_BYTES:
             self._cache.popitem(last=False)
         return block
+
+    def _check_same(self) -> None:
+        if _place(self.path) != self._place:
+            raise StoreFormatError(
+                f"{self.path} has been replaced since it was opened: its writer took in more parameters, or it is "
+                "another run. Open it again."
+            )
+
+
+def _place(path: Path) -> tuple[int, int] | None:
+    """What tells a directory from another one of the same name."""
+    return (path.stat().st_dev, path.stat().st_ino) if path.exists() else None
 
 
 def _dims(array: zarr.Array[Any]) -> tuple[str, ...]:
@@ -370,7 +387,8 @@ def check_free(path: Path, *, overwrite: bool) -> None:
     Raises:
         StoreExistsError: there is.
     """
-    _check_replaced(path)
+    if left := _replaced(path):
+        raise StoreExistsError(left)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not overwrite:
@@ -386,12 +404,14 @@ def _aside(path: Path) -> Path:
     return path.with_name(f"{path.name}.old.partial")
 
 
-def _check_replaced(path: Path) -> None:
-    if _aside(path).exists() and not path.exists():
-        raise StoreExistsError(
-            f"the writer of {path} was stopped while it replaced it: the run is at {_aside(path)}. Rename that to "
-            f"{path.name} to open it or to write over it, or delete it if it is not wanted."
-        )
+def _replaced(path: Path) -> str | None:
+    """What to say if a writer was killed just when it replaced a store."""
+    if path.exists() or not _aside(path).exists():
+        return None
+    return (
+        f"the writer of {path} was stopped while it replaced it: the run is at {_aside(path)}. Rename that to "
+        f"{path.name} to open it or to write over it, or delete it if it is not wanted."
+    )
 
 
 def _is_run(path: Path) -> bool:

@@ -339,15 +339,6 @@ def test_a_forward_pass_from_before_the_last_update_is_refused(traced):
         optimizer.step()
 
 
-def test_sparse_gradients_are_refused(traced):
-    with (
-        pytest.raises(RecordingError, match="gradient of 'weight' is sparse; make its layer with sparse=False"),
-        traced(nn.Embedding(5, 2, sparse=True)) as (model, optimizer, _),
-    ):
-        model(torch.tensor([1, 2])).sum().backward()
-        optimizer.step()
-
-
 # ---------------------------------------------------------------------- NaN and infinity
 
 

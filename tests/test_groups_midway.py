@@ -16,7 +16,7 @@ import explaind
 import explaind.recording.steps
 import explaind.store
 from explaind import quadrature, reference
-from explaind.errors import RecordingError, StoreExistsError
+from explaind.errors import RecordingError, StoreExistsError, StoreFormatError
 from tests.cases import NUM_EXAMPLES, data, mlp, query
 
 
@@ -378,7 +378,9 @@ def test_a_group_between_the_steps_of_two_optimizers_is_refused(tmp_path):
     optimizers = [SGD([model[2].weight], lr=0.1), SGD([model[2].bias], lr=0.1)]
     x, y = data()[:4]
     with (
-        pytest.raises(RecordingError, match="a parameter group was added between the steps of two optimizers in step 0"),
+        pytest.raises(
+            RecordingError, match="a parameter group was added between the steps of two optimizers in step 0"
+        ),
         explaind.trace(model, optimizers, tmp_path / "run"),
     ):
         F.cross_entropy(model(x), y).backward()
@@ -436,7 +438,7 @@ def test_killed_while_widening_one_of_the_stores_is_whole(tmp_path, monkeypatch,
     for name in copies[renames]:
         shutil.move(tmp_path / f"{renames}-{name}", tmp_path / name)
     if renames == 1:
-        with pytest.raises(StoreExistsError, match=r"the run is at .*run\.old\.partial"):
+        with pytest.raises(StoreFormatError, match=r"the run is at .*run\.old\.partial"):
             explaind.open_run(path)
         with pytest.raises(StoreExistsError, match=r"the run is at .*run\.old\.partial"):
             record(path)
@@ -445,6 +447,24 @@ def test_killed_while_widening_one_of_the_stores_is_whole(tmp_path, monkeypatch,
         path.with_name("run.old.partial").rename(path)
     run = explaind.open_run(path, model=frozen_backbone())
     assert len(run.table) == 2
+
+
+def test_a_run_that_was_opened_before_says_that_it_was_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(explaind.recording.steps, "_FIRST_FLUSH_SECONDS", 0.0)
+    model = frozen_backbone()
+    optimizer = momentum(model)
+    early = []
+
+    def look(model, optimizer):
+        early.append(explaind.open_run(tmp_path / "run", model=frozen_backbone()))
+        unfreeze(model, optimizer)
+
+    with explaind.trace(model, optimizer, tmp_path / "run") as recorder:
+        train(model, optimizer, recorder.batches, at_epoch=look)
+    assert early[0].num_steps == 2
+    for read in (early[0].params, early[0].update, early[0].fixed, early[0].state, early[0].example_grads):
+        with pytest.raises(StoreFormatError, match="has been replaced since it was opened"):
+            read(0)
 
 
 def test_a_long_store_is_widened_in_blocks(tmp_path, monkeypatch):

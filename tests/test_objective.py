@@ -9,7 +9,7 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader, TensorDataset
 
 import explaind
-from explaind.errors import ModelMismatchError, RecordingError
+from explaind.errors import ModelMismatchError, RecordingError, UnknownUpdateRuleError
 
 TOKENS = torch.randint(7, (6, 5), generator=torch.Generator().manual_seed(1))
 
@@ -179,3 +179,16 @@ def test_a_run_with_an_objective_is_opened_with_it(tmp_path):
     )
     with pytest.raises(ModelMismatchError, match=r"objective.s sum does not have .* recorded at step 3"):
         run.attribute(query(), by=("query", "example"))
+
+
+def test_tokens_of_an_optimizer_without_a_rule_are_refused(tmp_path):
+    class Unknown(AdamW):
+        pass
+
+    model = Language()
+    optimizer = Unknown(model.parameters(), lr=0.05)
+    with explaind.trace(model, optimizer, tmp_path / "run.zarr") as recorder:
+        outside(model, optimizer, recorder)
+    run = explaind.open_run(tmp_path / "run.zarr", model=Language())
+    with pytest.raises(UnknownUpdateRuleError, match="no example can be credited"):
+        run.attribute(query(), by=("query", "token"))

@@ -357,6 +357,31 @@ def test_entries_that_grew_or_turned_are_not_clipped():
     assert pair({"a": [1.0, -0.5, 1.5]}, {"a": [1.0, -0.5, 2.0]}) == {"a": (1.0, math.inf)}
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_coarse_types_need_more_entries(dtype):
+    torch.manual_seed(0)
+    for count in range(2, 12):
+        before = (1 + torch.rand(count)).to(dtype)
+        now = before * torch.tensor(0.3, dtype=dtype)
+        table = ParameterTable.of({"a": before}, {"a": 0})
+        ((scale, limit),) = find_rescaling(table, before, now).values()
+        assert limit == math.inf
+        assert scale == pytest.approx(0.3, rel=0.01) or scale == 1.0
+        enough = {torch.float64: 2, torch.float32: 2, torch.bfloat16: 10, torch.float16: 5}[dtype]
+        assert (scale != 1.0) == (count >= enough)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_noise_is_told_from_rounding(dtype):
+    torch.manual_seed(0)
+    for _ in range(200):
+        tensors = {name: torch.randn(count).to(dtype) for name, count in (("a", 2), ("b", 3), ("c", 6), ("d", 20))}
+        table = ParameterTable.of(tensors, dict.fromkeys(tensors, 0))
+        now = {name: 0.5 * tensor + 0.1 * torch.randn(len(tensor)).to(dtype) for name, tensor in tensors.items()}
+        found = find_rescaling(table, table.flatten(tensors), table.flatten(now))
+        assert set(found.values()) == {(1.0, math.inf)}
+
+
 def test_the_factor_gives_what_the_rescaling_gives():
     rescaling = Rescaling(scale=torch.tensor([-0.5, 2.0, 1.0, 0.0]), limit=torch.tensor([1.0, 1.0, math.inf, math.inf]))
     gradient = torch.tensor([4.0, 0.0, -3.0, 5.0])

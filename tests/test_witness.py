@@ -5,6 +5,8 @@ from a loss in which an example weighs 1 ± ε at some steps, so that only the o
 the library but the recorded parameters enters it.
 """
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -65,6 +67,7 @@ def updates(run, settings, weights, rescale=lambda params, step: None):
     return torch.stack(found)
 
 
+@cache
 def average_gradients(run):
     """φ_s of every query, `[step, query, element]`, by eight Gauss–Legendre nodes and plain autograd."""
     nodes, node_weights = np.polynomial.legendre.leggauss(8)

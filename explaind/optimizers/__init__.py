@@ -11,6 +11,7 @@ from explaind.optimizers.muon import MuonRule
 from explaind.optimizers.rprop import RpropRule
 from explaind.optimizers.rule import LinearFilter, ParameterStep, UpdateRule
 from explaind.optimizers.sgd import ASGDRule, SGDRule
+from explaind.optimizers.sparse_adam import SparseAdamRule
 
 __all__ = ["RULES", "LinearFilter", "ParameterStep", "UpdateRule", "full_name", "register"]
 
@@ -22,6 +23,7 @@ RULES: dict[str, UpdateRule] = {
     "torch.optim.nadam.NAdam": NAdamRule(),
     "torch.optim.radam.RAdam": RAdamRule(),
     "torch.optim.adamax.Adamax": AdamaxRule(),
+    "torch.optim.sparse_adam.SparseAdam": SparseAdamRule(),
     "torch.optim.adagrad.Adagrad": AdagradRule(),
     "torch.optim.adadelta.Adadelta": AdadeltaRule(),
     "torch.optim.rmsprop.RMSprop": RMSpropRule(),

@@ -14,7 +14,7 @@ from torch import Tensor
 from explaind.calls import fingerprint_output, named_tensors
 from explaind.errors import ModelMismatchError
 from explaind.parameters import named_dtype
-from explaind.path.model import Forward, cast, modes, restored_rng
+from explaind.path.model import Forward, cast, dense, modes, restored_rng
 from explaind.path.replay import Replay
 from explaind.record import RecordedCall
 from explaind.rescaling import Rescaling
@@ -88,7 +88,8 @@ def batch_gradient(
                 [call.output_grads[n].to(out) if n in call.output_grads else None for n, out in outputs.items()],
             )
     updated = dict(zip(run.table.names, run.updated[step], strict=True))
-    return run.table.flatten({name: param.grad for name, param in params.items() if updated[name]}, dtype)
+    gradients = {name: param.grad for name, param in params.items() if updated[name] and param.grad is not None}
+    return run.table.flatten({name: dense(gradient) for name, gradient in gradients.items()}, dtype)
 
 
 def recorded_rescaling(run: Run, step: int, gradient: Tensor) -> Rescaling:
@@ -133,7 +134,8 @@ def step_example_gradients(run: Run, step: int) -> dict[str, Tensor]:
     same_for_all = all(math.isinf(limit) for limit in run.gradient_rescaling(step)[1])
     batch = run.flat_gradient(step) if same_for_all else batch_gradient(run, step)
     rows = torch.cat(blocks)
-    flat = recorded_rescaling(run, step, batch).factor(batch).to(rows) * rows
+    updated = run.table.expand(run.updated[step].tolist())  # what had no gradient took none from the examples
+    flat = (updated * recorded_rescaling(run, step, batch).factor(batch)).to(rows) * rows
     examples, place = np.unique(run.call_examples(step), return_inverse=True)
     summed = flat.new_zeros(len(examples), flat.shape[1]).index_add_(0, torch.from_numpy(place), flat)
     return run.table.unflatten(summed)

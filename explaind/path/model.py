@@ -17,7 +17,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from explaind.calls import CallKind, named_tensors, rebuild
 from explaind.errors import RecordingError
 
-__all__ = ["Forward", "call_function", "cast", "modes", "restored_rng", "vectorizable"]
+__all__ = [
+    "Forward",
+    "call_function",
+    "cast",
+    "dense",
+    "modes",
+    "restored_rng",
+    "sparse_weights",
+    "vectorizable",
+]
 
 _NO_CHECKPOINTS = (
     "the model computes activations again in the backward pass (torch.utils.checkpoint), or hooks into saved tensors "
@@ -144,20 +153,41 @@ def modes(model: nn.Module, training: Iterable[bool] | bool) -> Iterator[None]:
             module.training = flag
 
 
-@contextmanager
-def vectorizable() -> Iterator[None]:
-    """Attention by its defining operations: fused kernels can be neither vectorised nor differentiated twice.
+def dense(gradient: Tensor) -> Tensor:
+    """The gradient with all its entries, where that of an embedding may have only the rows that were looked up."""
+    # A row that was looked up twice is there twice; its sum is taken as torch.optim takes it.
+    return gradient.coalesce().to_dense() if gradient.is_sparse else gradient
 
-    What vmap cannot vectorise it loops over, which is of no interest to a user and not warned about.
+
+def sparse_weights(model: nn.Module) -> set[str]:
+    """Names of the parameters that have sparse gradients, as the embeddings that they belong to were made so."""
+    weights = {id(module.weight) for module in _sparse_embeddings(model)}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in weights}
+
+
+def _sparse_embeddings(model: nn.Module) -> list[nn.Embedding | nn.EmbeddingBag]:
+    return [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse]
+
+
+@contextmanager
+def vectorizable(model: nn.Module) -> Iterator[None]:
+    """Attention by its defining operations, and dense gradients of embeddings, inside the block.
+
+    Fused kernels and sparse tensors can be neither vectorised nor differentiated twice. What vmap cannot vectorise it
+    loops over, which is of no interest to a user and not warned about.
     """
-    fused = torch.backends.mha.get_fastpath_enabled()
+    fused, sparse = torch.backends.mha.get_fastpath_enabled(), _sparse_embeddings(model)
     torch.backends.mha.set_fastpath_enabled(False)
     try:
+        for module in sparse:
+            module.sparse = False
         with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
+        for module in sparse:
+            module.sparse = True
 
 
 @contextmanager

@@ -29,6 +29,8 @@ class ExampleProducts(Protocol):
     """A strategy for the products of section 4 of the derivation."""
 
     name: str
+    dtype: torch.dtype
+    """Type that they are computed in."""
 
     def products(self, step: int, call: RecordedCall, rows: Tensor, psi: Tensor, slices: Slices) -> Tensor:
         """⟨ψ_q^{(l)}, g_k^{(l)}⟩ for the given rows of a call.
@@ -89,13 +91,13 @@ class TangentProducts:
     name = "tangents"
 
     def __init__(self, run: Run, *, num_tokens: int | None = None, dtype: torch.dtype, device: torch.device) -> None:
-        self._run, self._num_tokens, self._dtype, self._device = run, num_tokens, dtype, device
+        self._run, self._num_tokens, self.dtype, self._device = run, num_tokens, dtype, device
 
     def products(self, step: int, call: RecordedCall, rows: Tensor, psi: Tensor, slices: Slices) -> Tensor:
         """See `ExampleProducts.products`."""
-        psi = psi.to(self._dtype)
-        flat = self._run.flat_params(step).to(device=self._device, dtype=self._dtype).requires_grad_()
-        replay = call_replay(self._run, step, call, dtype=self._dtype, device=self._device)
+        psi = psi.to(self.dtype)
+        flat = self._run.flat_params(step).to(device=self._device, dtype=self.dtype).requires_grad_()
+        replay = call_replay(self._run, step, call, dtype=self.dtype, device=self._device)
         with replay.conditions(), torch.enable_grad():
             outputs = replay.outputs(self._run.table.unflatten(flat))
             u = [torch.zeros_like(output, requires_grad=True) for output in outputs.values()]
@@ -129,10 +131,20 @@ class TangentProducts:
 
 
 def choose_products(run: Run, *, dtype: torch.dtype, device: torch.device) -> GradientProducts | TangentProducts:
-    """Per-example gradients where they are stored or rows can be evaluated alone, else tangents."""
+    """Per-example gradients where they are stored or rows can be evaluated alone, else tangents.
+
+    Where torch cannot differentiate a layer's backward pass, that of EmbeddingBag for instance, it is gradients again.
+    """
     if run.stores_example_grads or rows_are_separate(run, dtype=dtype, device=device):
         return GradientProducts(run, dtype=dtype, device=device, separate=True)
-    return TangentProducts(run, dtype=dtype, device=device)
+    tangents = TangentProducts(run, dtype=dtype, device=device)
+    nothing = torch.zeros(1, run.table.num_elements, device=device)
+    try:
+        for step, number in run.call_samples():
+            tangents.products(step, run.calls(step)[number], torch.tensor([0]), nothing, [[slice(None)]])
+    except NotImplementedError:
+        return GradientProducts(run, dtype=dtype, device=device, separate=False)
+    return tangents
 
 
 def choose_gradients(run: Run, *, dtype: torch.dtype, device: torch.device) -> GradientProducts:

@@ -162,7 +162,7 @@ class QueryFunction:
     def _scalars(self, params: Tensor, ends: Sequence[Tensor] = ()) -> Tensor:
         """The output's scalars of all inputs in the type of `params`, `[input]`."""
         inputs, unflatten = self._inputs[params.dtype], self._run.table.unflatten
-        with modes(self._run.model, False), vectorizable():
+        with modes(self._run.model, False), vectorizable(self._run.model):
             return self._output(self._evaluate(unflatten(params), inputs, [unflatten(end) for end in ends]))
 
     def _scalar(
@@ -210,7 +210,7 @@ class QueryFunction:
         members = self._members[which]
         tensors, *ends = (self._run.table.unflatten(p) for p in params)
         along = 0 if params[0].ndim == 2 else None
-        with modes(self._run.model, False), vectorizable():
+        with modes(self._run.model, False), vectorizable(self._run.model):
             return vmap(function, in_dims=(along, 0, 0, 0, along))(
                 tensors,
                 {name: values[members] for name, values in self._inputs[dtype].items()},

@@ -54,7 +54,7 @@ class Replay:
     def conditions(self) -> Iterator[None]:
         """The modes and the randomness of the recorded call; attention by its defining operations."""
         device = next(iter(self.inputs.values())).device
-        with modes(self.model, self.training.tolist()), restored_rng(self.rng_state, device), vectorizable():
+        with modes(self.model, self.training.tolist()), restored_rng(self.rng_state, device), vectorizable(self.model):
             yield
 
     def outputs(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -84,7 +84,7 @@ class Replay:
 
         copies = {name: tensor.clone() for name, tensor in self.fixed.items()}
         chosen = ({name: tensor[rows] for name, tensor in side.items()} for side in (self.inputs, self.output_grads))
-        with modes(self.model, self.training.tolist()), vectorizable():
+        with modes(self.model, self.training.tolist()), vectorizable(self.model):
             gradients: dict[str, Tensor] = vmap(grad(scalar), in_dims=(None, 0, 0))(dict(self.params), *chosen)
         return gradients
 

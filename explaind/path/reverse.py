@@ -23,6 +23,9 @@ from explaind.run import Run
 
 __all__ = ["ReverseSweep"]
 
+_CANCELLED_UNITS = 256
+"""Rounding of the entries of a product that cancel, in units of their size: that of a few layers' backward pass."""
+
 
 class ReverseSweep:
     """Carries r from step to step; feed it the steps from last to first.
@@ -79,7 +82,7 @@ class ReverseSweep:
             if self._sources.restricted:
                 omitted += lost.sum(dim=1)
             else:
-                check_example_sum(step, lost, spread, signed * step.gradient_scale, slices)
+                check_example_sum(step, lost, spread, signed * step.gradient_scale, slices, self._products.dtype)
                 rounding = rounding + lost
         if step.index == self._first and isinstance(self._carried, Tensor):
             # The buffer as it was before: it belongs to earlier steps, or to before the recording.
@@ -128,7 +131,9 @@ class ReverseSweep:
                 yield source, products.to(torch.float64)
 
 
-def check_example_sum(step: Step, lost: Tensor, spread: Tensor, weights: Tensor, slices: list[list[slice]]) -> None:
+def check_example_sum(
+    step: Step, lost: Tensor, spread: Tensor, weights: Tensor, slices: list[list[slice]], dtype: torch.dtype
+) -> None:
     """Every step: the per-example parts must sum to the batch's gradient, up to the rounding of the training.
 
     Args:
@@ -137,11 +142,14 @@ def check_example_sum(step: Step, lost: Tensor, spread: Tensor, weights: Tensor,
         spread: sum of their absolute values, `[query, layer]`.
         weights: what the gradients were multiplied with, `[query, element]`.
         slices: the layers.
+        dtype: type that the parts were computed in.
 
     Raises:
         VerificationError: they do not.
     """
-    limit = 1e-3 * spread.sum(dim=1) + 1e-300
+    # Where the entries of every single product cancel, its parts are nothing but their rounding.
+    size = dot(weights.abs(), step.replayed_gradient.abs(), slices).sum(dim=1)
+    limit = 1e-3 * spread.sum(dim=1) + _CANCELLED_UNITS * torch.finfo(dtype).eps * size + 1e-300
     if bool((lost.sum(dim=1).abs() <= limit).all()):
         return
     # Gradients of nearly fitted examples are rounded coarsely in float32: only float64 can tell.
@@ -150,6 +158,6 @@ def check_example_sum(step: Step, lost: Tensor, spread: Tensor, weights: Tensor,
     if not worst <= 1:
         raise VerificationError(
             f"the examples' parts of step {step.index} do not sum to its gradient (off by {1e-3 * worst:.1e} of their "
-            "absolute sum). The model couples its batch in a way that was not seen at the last step, or it is not the "
-            "model that was recorded; run.verify() tells which."
+            "absolute sum). The model couples its batch in a way that was not seen at the first call of the kind, "
+            "or it is not the model that was recorded; run.verify() tells which."
         )

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.optim import Adagrad, SparseAdam
 from tqdm import tqdm
 
 from explaind.errors import VerificationError
+from explaind.optimizers.sparse_adam import touched_rows
 from explaind.path.gradients import batch_gradient, recorded_rescaling
+from explaind.path.model import sparse_weights
 from explaind.recording.state import state_in_loop
 from explaind.run import Run
 
@@ -132,7 +135,7 @@ def _replay_update(run: Run, step: int, classes: Sequence[type[torch.optim.Optim
         for name, tensor in run.params(step).items()
     }
     gradients = run.table.unflatten(run.flat_gradient(step), trained_dtype=True)
-    state = run.state(step)
+    state, sparse = run.state(step), sparse_weights(run.model)
     for optimizer_class in dict.fromkeys(classes):
         own = [(number, p) for number, p in enumerate(run.table) if classes[p.group] is optimizer_class]
         groups = [
@@ -144,7 +147,13 @@ def _replay_update(run: Run, step: int, classes: Sequence[type[torch.optim.Optim
         for number, p in own:
             if run.updated[step, number]:
                 tensor = params[p.name]
-                tensor.grad = gradients[p.name].to(tensor.device, copy=True)
+                gradient = gradients[p.name]
+                if optimizer_class is SparseAdam or (optimizer_class is Adagrad and p.name in sparse):
+                    rows = touched_rows(gradient, state[p.name], run.state(step + 1)[p.name]).any(dim=1).nonzero()
+                    gradient = torch.sparse_coo_tensor(
+                        rows.T, gradient[rows[:, 0]], gradient.shape, is_coalesced=True, check_invariants=True
+                    )
+                tensor.grad = gradient.to(tensor.device, copy=True)
                 for key, value in state[p.name].items():
                     optimizer.state[tensor][key] = state_in_loop(value, key, p.name, run.state_types, tensor.device)
         optimizer.step()

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from explaind.errors import NonFiniteError
 from explaind.parameters import ParameterTable
+from explaind.path.model import dense
 from explaind.rescaling import find_rescaling
 
 __all__ = ["Arrivals", "first_nonfinite", "skipped_by_scaler", "unscaled"]
@@ -28,9 +29,11 @@ def skipped_by_scaler(optimizer: Optimizer) -> bool:
 
 
 def unscaled(gradient: Tensor | None, optimizer: Optimizer) -> Tensor | None:
-    """The gradient that the optimizer uses: a GradScaler leaves it to a fused optimizer to divide by the loss scale."""
+    """The gradient that the optimizer uses, dense: a GradScaler leaves a fused one to divide by the loss scale."""
     scale = getattr(optimizer, "grad_scale", None)
-    return gradient if gradient is None or scale is None else gradient / scale.to(gradient)
+    if gradient is None:
+        return None
+    return dense(gradient) if scale is None else dense(gradient) / scale.to(gradient)
 
 
 class Arrivals:
@@ -43,9 +46,9 @@ class Arrivals:
 
     def note(self, name: str, parameter: Tensor) -> None:
         """Called by the recorder's own hook when a parameter's gradient has been accumulated."""
-        if parameter.grad is None or parameter.grad.is_sparse:
+        if parameter.grad is None:
             return
-        self._gradients[name] = parameter.grad.detach().clone()
+        self._gradients[name] = dense(parameter.grad).detach().clone()
         # Hooks of the loop may have rescaled it before it could be seen.
         others = len(parameter._backward_hooks or ()) + len(parameter._post_accumulate_grad_hooks) - 1
         if others:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from explaind.errors import NonFiniteError, RecordingError
 from explaind.parameters import ParameterTable
+from explaind.path.model import sparse_weights
 from explaind.recording.capture import CallCapture, ForwardCall
 from explaind.recording.gradients import Arrivals, first_nonfinite, skipped_by_scaler, unscaled
 from explaind.recording.naming import ExampleNames
@@ -48,7 +49,8 @@ def trace(
         model: called as `model(…)` in the loop, with tensors that have a row per example; what the loss is computed
             from has one too. A ModuleDict or ModuleList stands for modules that the loop calls one by one.
         optimizer: owns all parameters of `model` that require gradients, and no others. Several that share them, such
-            as `[muon, adamw]`, make one step together: a round in which each steps at most once.
+            as `[muon, adamw]`, make one step together: a round in which each steps at most once. Frozen parameters
+            may be added to them as groups while they train.
         store: directory of the zarr store to write; by default the first free `storage/run-N.zarr`.
         example_grads: `"replayed"` recomputes per-example gradients from the record when they are needed;
             `"stored"` writes them down, at `num_rows · D` numbers per step.
@@ -358,9 +360,18 @@ class Recorder:
 
     def _check_step(self, calls: Sequence[ForwardCall], gradients: Mapping[str, Tensor | None]) -> None:
         present = {name: grad for name, grad in gradients.items() if grad is not None}
-        for name, grad in present.items():
-            if grad.is_sparse:
-                raise RecordingError(f"the gradient of '{name}' is sparse; make its layer with sparse=False.")
+        sparse = {name for name in present if (grad := self._tracked[name].grad) is not None and grad.is_sparse}
+        if unknown := sorted(sparse - sparse_weights(self._model)):
+            raise RecordingError(
+                f"the gradient of '{unknown[0]}' is sparse, and not as that of a torch.nn.Embedding or EmbeddingBag "
+                "with sparse=True. Use one of these layers, or keep the gradient dense with sparse=False."
+            )
+        if self._stepped and calls:
+            raise RecordingError(
+                f"a backward pass came between the steps of two optimizers in step {self.num_steps}, so they do not "
+                "share one gradient. Compute all gradients before the first of them steps, or make the forward pass of "
+                "the second after the step of the first."
+            )
         for what, tensors in (("gradient of", present), ("parameter", self._tracked)):
             if bad := first_nonfinite(tensors):
                 raise NonFiniteError(
@@ -372,15 +383,9 @@ class Recorder:
                 raise RecordingError(
                     f"the parameter '{changed}' was changed between the forward pass and the optimizer's step "
                     f"{self.num_steps}, so the gradient is not that of the weights that the step begins with. Change "
-                    "weights after the step (to decay or clamp them, say). A step along the gradient at other weights, as "
-                    "in sharpness-aware minimisation, cannot be traced."
+                    "weights after the step (to decay or clamp them, say). A step along the gradient at other weights, "
+                    "as in sharpness-aware minimisation, cannot be traced."
                 )
-        if self._stepped and calls:
-            raise RecordingError(
-                f"a backward pass came between the steps of two optimizers in step {self.num_steps}, so they do not "
-                "share one gradient. Compute all gradients before the first of them steps, or make the forward pass of "
-                "the second after the step of the first."
-            )
         if not self._stepped and not calls and not self._gradients_cleared():
             raise RecordingError(
                 f"no call of the traced model reached the gradient of step {self.num_steps}. Call the model itself, "

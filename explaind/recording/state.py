@@ -81,6 +81,8 @@ class StateHistory:
             for key, value in states.get(tensor, {}).items():
                 if value is None:
                     continue
+                if isinstance(value, Tensor) and value.is_sparse:  # SGD's momentum of sparse gradients
+                    value = value.coalesce().to_dense()
                 kind = self._kind(parameter, value)
                 if kind is None or self._kinds.setdefault((key, place), kind) != kind:
                     self._leave_out(key)

@@ -35,6 +35,8 @@ class Update:
     """The gradient u_s that is filtered: with its sign, and with decay where that is coupled."""
     part: Tensor
     """The part of u_s that is followed, `[…, *shape]`."""
+    moved: Tensor
+    """Whether each entry of θ_{s+1} is another than that of θ_s."""
 
 
 Textbook = Callable[[Iterable[Update]], Iterator[Tensor]]
@@ -62,6 +64,7 @@ class History:
                 params=params,
                 whole=(-gradient if settings.get("maximize") else gradient) + self._coupled(settings) * params,
                 part=torch.zeros_like(gradient),
+                moved=run.params(s + 1)[name].double() != params,
             )
 
     def follow(self, parts: Mapping[int, Tensor]) -> dict[int, Tensor]:
@@ -184,6 +187,19 @@ def adamax(updates: Iterable[Update]) -> Iterator[Tensor]:
         yield x.settings["lr"] / (1 - beta1**x.count) * mean / largest
 
 
+def sparse_adam(updates: Iterable[Update]) -> Iterator[Tensor]:
+    """Adam that leaves alone, moments and all, the rows of an embedding that were not looked up."""
+    mean = square = torch.zeros((), dtype=torch.float64)
+    for x in updates:
+        beta1, beta2 = x.settings["betas"]
+        looked_up = ((x.whole != 0) | x.moved).any(dim=1, keepdim=True)  # a moment moves a row without gradient, too
+        mean = torch.where(looked_up, beta1 * mean + (1 - beta1) * x.part, mean)
+        square = torch.where(looked_up, beta2 * square + (1 - beta2) * x.whole**2, square)
+        size = square.sqrt() + x.settings["eps"]
+        rate = x.settings["lr"] * (1 - beta2**x.count) ** 0.5 / (1 - beta1**x.count)
+        yield torch.where(looked_up, rate * mean / size, 0.0)
+
+
 def adagrad(updates: Iterable[Update]) -> Iterator[Tensor]:
     """Duchi and others, with a rate that may fall."""
     total: Tensor | None = None
@@ -283,6 +299,7 @@ TEXTBOOKS: dict[str, Textbook] = {
     "NAdam": nadam,
     "RAdam": radam,
     "Adamax": adamax,
+    "SparseAdam": sparse_adam,
     "Adagrad": adagrad,
     "Adadelta": adadelta,
     "RMSprop": rmsprop,

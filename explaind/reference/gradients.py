@@ -142,7 +142,7 @@ def gradients(scalar: Tensor, model: nn.Module, names: tuple[str, ...]) -> dict[
     parts = torch.autograd.grad(
         scalar, [params[name] for name in names], retain_graph=True, allow_unused=True, materialize_grads=True
     )
-    return dict(zip(names, parts, strict=True))
+    return {name: part.to_dense() for name, part in zip(names, parts, strict=True)}
 
 
 def widened(tensor: Tensor) -> Tensor:

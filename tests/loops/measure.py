@@ -31,6 +31,8 @@ class Measurement:
     """Of the sum of all terms from the prediction, relative to the summed absolute terms."""
     other: float = np.nan
     """What comes from no example, relative to the length of the query's path."""
+    rounding: float = np.nan
+    """Floating-point error of the training, relative to the length of the query's path."""
     stored_difference: float = np.nan
     """Of any contribution from stored example gradients from that of replayed ones."""
     products: str = ""
@@ -58,6 +60,7 @@ def measure(row: Row) -> Measurement:
         difference=max(differences),
         closure=max(closure.error for closure in closures),
         other=max(closure.other for closure in closures),
+        rounding=max(closure.rounding for closure in closures),
         stored_difference=max(
             worst_relative_difference(other.dataset.contribution, result.dataset.contribution)
             for other, result in zip(stored, results, strict=True)

@@ -21,7 +21,7 @@ ROWS: tuple[Row, ...] = tuple(row for section in SECTIONS for row in section.row
 PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
 
 SMALLEST_EXPONENT = -12
-_NUMBERS = ("difference", "stored_difference", "closure", "other")
+_NUMBERS = ("difference", "stored_difference", "closure", "other", "rounding")
 _INTRODUCTION = """\
 # What is exact, and what is refused
 
@@ -37,6 +37,8 @@ page to it.
 - **closure**: how far the sum of all terms is from the prediction, relative to the summed absolute terms.
 - **other**: what comes from no example, relative to the length of the query's path: nothing, unless the loop adds
   something.
+- **rounding**: the floating-point error of the training itself, relative to the same: large where it computes in
+  bfloat16, as autocast and Muon do.
 - **examples by**: `vmap`, each example on its own; `tangents`, each row of the recorded batch at its own output, with
   the recorded random numbers, for models that draw any or couple their batch.
 
@@ -50,8 +52,8 @@ def page(measurements: Mapping[str, Measurement]) -> str:
     for section in SECTIONS:
         lines = [
             f"## {section.title}\n",
-            "| row | difference | stored | closure | other | examples by |",
-            "|---|---|---|---|---|---|",
+            "| row | difference | stored | closure | other | rounding | examples by |",
+            "|---|---|---|---|---|---|---|",
             *(f"| {' | '.join(cells(row, measurements[row.name]))} |" for row in section.rows),
         ]
         parts.append("\n".join(lines) + "\n")
@@ -61,7 +63,7 @@ def page(measurements: Mapping[str, Measurement]) -> str:
 def cells(row: Row, measurement: Measurement) -> list[str]:
     """One row of the page."""
     if measurement.refusal:
-        return [row.name, f"refused: {_in_table(measurement.refusal)}", "", "", "", ""]
+        return [row.name, f"refused: {_in_table(measurement.refusal)}", "", "", "", "", ""]
     numbers = {name: bound(getattr(measurement, name)) for name in _NUMBERS}
     if row.foreign:
         numbers["other"] = "what the loop adds"
