@@ -14,7 +14,7 @@ from explaind.attribution import TERMS, Attribution
 from explaind.averages import Average
 from explaind.axes import check_axes, check_size, select_layers, select_steps
 from explaind.path.averaged import explained_path
-from explaind.path.products import count_tokens
+from explaind.path.products import count_tokens, row_split
 from explaind.path.queries import QueryFunction
 from explaind.path.sources import select_sources
 from explaind.path.step import StepTerms
@@ -108,6 +108,7 @@ def attribute(
         "dtype": str(dtype).removeprefix("torch."),
         "query_evaluation": "each query alone" if function.separate else "all inputs as one batch",
         "example_products": sweep.products.name if sweep.products else "none",
+        "row_split": row_split(run, sweep.products) if sweep.products else "none",
     }
     return Attribution(dataset)
 

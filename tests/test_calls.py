@@ -1,5 +1,6 @@
 """How a model is called and what it returns: containers, parts, shapes, compilation, autocast."""
 
+import shutil
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
 
@@ -267,6 +268,17 @@ def test_a_compiled_model_is_as_the_plain_one(make, tmp_path):
     untraced = make()
     reopened = explaind.open_run(tmp_path / "compiled.zarr", model=untraced)
     np.testing.assert_array_equal(reopened.attribute(query, by=AXES).total, results[0].total)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the inductor backend needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # its own import
+def test_a_model_of_the_inductor_backend_differs_by_rounding_only(tmp_path):
+    run, _ = recorded(tmp_path / "run.zarr", lambda: torch.compile(mlp()), loop_over_whole)
+    report = run.verify()
+    assert report.exact_updates == run.num_steps
+    assert report.largest_gradient_difference < 1e-14
+    result = run.attribute(explaind.Query(FEATURES[:2], output=explaind.outputs.logit([0, 1])), by=AXES)
+    assert result.check().other < 1e-12
 
 
 def test_a_model_compiled_in_place_is_left_as_it_was(tmp_path):

@@ -14,13 +14,14 @@ SMALL = ["--num-train", "200", "--num-queries", "2", "--width", "3", "--epochs",
 
 @pytest.mark.parametrize("norm", [[], ["--no-batchnorm"]], ids=["batchnorm", "no-batchnorm"])
 def test_digits_are_learned_attributed_and_drawn(tmp_path, capsys, norm):
+    open_before = plt.get_fignums()
     digits_resnet.main([*SMALL, *norm, "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert "test accuracy" in printed
     assert "sum of terms differs from the prediction by" in printed
     assert {"raised", "lowered"} <= set(printed.split())
     assert plt.imread(tmp_path / "digits.png").std() > 0.05
-    assert not plt.get_fignums()
+    assert plt.get_fignums() == open_before
 
 
 def test_the_defaults_learn_to_read(tmp_path):

@@ -13,7 +13,8 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 import explaind
-from explaind.path import queries, replay
+from explaind.path import queries
+from explaind.replay import call
 from tests.cases import CASES, data, mlp, query, record
 
 OPTIMIZERS = {
@@ -84,7 +85,7 @@ def run(tmp_path_factory):
 def test_block_sizes_change_nothing(run, monkeypatch):
     by = ("query", "example", "step", "parameter")
     whole = run.attribute(query(), by=by).dataset.contribution
-    monkeypatch.setattr(replay, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(call, "_BLOCK_BYTES", 1)
     monkeypatch.setattr(queries, "_BLOCK_BYTES", 1)
     np.testing.assert_allclose(run.attribute(query(), by=by).dataset.contribution, whole, rtol=1e-10, atol=1e-13)
 

@@ -474,6 +474,8 @@ def test_rows_of_a_batch_that_cannot_be_taken_apart_are_stored_too(make, tmp_pat
     replayed, _ = recorded(tmp_path / "replayed.zarr", three_steps, make=make)
     one, other = stored.attribute(query(), by=by), replayed.attribute(query(), by=by)
     assert (one.dataset.attrs["example_products"], other.dataset.attrs["example_products"]) == ("stored", "tangents")
+    split = "rows of the recorded batch" if make is dropout_mlp else "coupled rows"
+    assert all(result.dataset.attrs["row_split"].startswith(split) for result in (one, other))
     np.testing.assert_allclose(one.dataset.contribution, other.dataset.contribution, rtol=1e-9, atol=1e-14)
     late = replayed.attribute(query(), by=("query", "example", "update_step", "parameter"))
     assert late.dataset.attrs["example_products"] == "rows of the batch"

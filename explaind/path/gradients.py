@@ -14,9 +14,9 @@ from torch import Tensor
 from explaind.calls import fingerprint_output, named_tensors
 from explaind.errors import ModelMismatchError
 from explaind.parameters import named_dtype
-from explaind.path.model import Forward, cast, dense, modes, restored_rng
-from explaind.path.replay import Replay
 from explaind.record import RecordedCall
+from explaind.replay.call import Replay
+from explaind.replay.model import Forward, cast, dense, modes, restored_rng
 from explaind.rescaling import Rescaling
 from explaind.run import Run
 

@@ -22,6 +22,7 @@ __all__ = [
     "choose_gradients",
     "choose_products",
     "count_tokens",
+    "row_split",
 ]
 
 
@@ -151,6 +152,17 @@ def choose_gradients(run: Run, *, dtype: torch.dtype, device: torch.device) -> G
     """Per-example gradients themselves, in whichever way the model allows."""
     separate = run.stores_example_grads or rows_are_separate(run, dtype=dtype, device=device)
     return GradientProducts(run, dtype=dtype, device=device, separate=separate)
+
+
+def row_split(run: Run, products: ExampleProducts) -> str:
+    """What a row's gradient is, in words: its own, or where layers couple the batch, its row's part of the batch's."""
+    if products.name == "vmap":
+        return "each example on its own"
+    for step, number in run.call_samples():
+        replay = call_replay(run, step, run.calls(step)[number], dtype=torch.float64, device=torch.device("cpu"))
+        if replay.couples_rows():
+            return "coupled rows: each has the part of the batch's gradient that enters at its own output"
+    return "rows of the recorded batch, which do not depend on each other"
 
 
 def count_tokens(run: Run) -> int:

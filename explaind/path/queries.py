@@ -13,8 +13,8 @@ from torch.func import grad, vmap
 from explaind.calls import rebuild, tensor_names
 from explaind.outputs import Output
 from explaind.path.kinks import average_slopes, averaged, watched
-from explaind.path.model import call_function, cast, modes, vectorizable
 from explaind.query import Query
+from explaind.replay.model import call_function, cast, modes, vectorizable
 from explaind.run import Run
 
 __all__ = ["QueryFunction"]

@@ -13,7 +13,7 @@ from explaind.errors import ModelMismatchError
 from explaind.optimizers import LinearFilter, ParameterStep
 from explaind.parameters import Parameter
 from explaind.path.gradients import batch_gradient, recorded_rescaling
-from explaind.path.replay import SAME_GRADIENT
+from explaind.replay.call import SAME_GRADIENT
 from explaind.rescaling import Rescaling
 from explaind.run import Run
 

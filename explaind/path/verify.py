@@ -13,8 +13,8 @@ from tqdm import tqdm
 from explaind.errors import VerificationError
 from explaind.optimizers.sparse_adam import touched_rows
 from explaind.path.gradients import batch_gradient, recorded_rescaling
-from explaind.path.model import sparse_weights
 from explaind.recording.state import state_in_loop
+from explaind.replay.model import sparse_weights
 from explaind.run import Run
 
 __all__ = ["VerifyReport", "verify"]

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from explaind.errors import NonFiniteError
 from explaind.parameters import ParameterTable
-from explaind.path.model import dense
+from explaind.replay.model import dense
 from explaind.rescaling import find_rescaling
 
 __all__ = ["Arrivals", "first_nonfinite", "skipped_by_scaler", "unscaled"]

@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 
 from explaind.errors import NonFiniteError, RecordingError
 from explaind.parameters import ParameterTable
-from explaind.path.model import sparse_weights
 from explaind.recording.capture import CallCapture, ForwardCall
 from explaind.recording.gradients import Arrivals, first_nonfinite, skipped_by_scaler, unscaled
 from explaind.recording.naming import ExampleNames
@@ -24,6 +23,7 @@ from explaind.recording.optimizers import Optimizers
 from explaind.recording.ownership import GroupMembers, check_model_and_optimizers, owning_groups, tracked_parameters
 from explaind.recording.replays import StepReplays
 from explaind.recording.steps import StepRows
+from explaind.replay.model import sparse_weights
 from explaind.store import check_free, free_path
 
 __all__ = ["Recorder", "trace"]

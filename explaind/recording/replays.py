@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from explaind.errors import RecordingError
 from explaind.parameters import ParameterTable
-from explaind.path.model import Forward, cast
-from explaind.path.replay import SAME_GRADIENT, Replay
 from explaind.recording.capture import ForwardCall, to_numpy
+from explaind.replay.call import SAME_GRADIENT, Replay
+from explaind.replay.model import Forward, cast
 from explaind.rescaling import Rescaling
 
 __all__ = ["StepReplays"]

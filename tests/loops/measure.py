@@ -65,8 +65,15 @@ def measure(row: Row) -> Measurement:
             worst_relative_difference(other.dataset.contribution, result.dataset.contribution)
             for other, result in zip(stored, results, strict=True)
         ),
-        products=results[0].dataset.attrs["example_products"],
+        products=products(results[0]),
     )
+
+
+def products(result: explaind.Attribution) -> str:
+    """How the examples were told apart."""
+    attributes = result.dataset.attrs
+    coupled = attributes["row_split"].startswith("coupled rows")
+    return f"{attributes['example_products']}, coupled rows" if coupled else attributes["example_products"]
 
 
 def refusal(row: Row) -> str:

@@ -316,7 +316,7 @@ add("orthogonal", VECTORS, lambda: nn.Sequential(parametrizations.orthogonal(nn.
 # ---------------------------------------------------------------------- compilation and types
 
 add("`torch.compile`, eager backend", VECTORS, lambda: torch.compile(mlp_with(nn.Tanh()), backend="eager"))
-add("`torch.compile`", VECTORS, lambda: torch.compile(mlp_with(nn.Tanh())))
+add("`torch.compile`, aot_eager backend", VECTORS, lambda: torch.compile(mlp_with(nn.Tanh()), backend="aot_eager"))
 add("float32", VECTORS, lambda: mlp_with(nn.Tanh()), dtype=torch.float32)
 add("bfloat16", VECTORS, lambda: mlp_with(nn.Tanh()), dtype=torch.bfloat16)
 add("Dropout in float32", VECTORS, lambda: mlp_with(nn.Tanh(), nn.Dropout(0.5)), dtype=torch.float32)

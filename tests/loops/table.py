@@ -40,7 +40,8 @@ page to it.
 - **rounding**: the floating-point error of the training itself, relative to the same: large where it computes in
   bfloat16, as autocast and Muon do.
 - **examples by**: `vmap`, each example on its own; `tangents`, each row of the recorded batch at its own output, with
-  the recorded random numbers, for models that draw any or couple their batch.
+  the recorded random numbers, for models that draw any or couple their batch. Where rows are coupled, a row gets the
+  part of the batch's gradient that enters at its own output.
 
 A refused row shows the message that the user gets.
 """

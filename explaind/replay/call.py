@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch.func import grad, vmap
 
 from explaind.errors import ExplaindError
 from explaind.parameters import ParameterTable
-from explaind.path.model import Forward, modes, restored_rng, vectorizable
+from explaind.replay.model import Forward, modes, restored_rng, vectorizable
 
 __all__ = ["SAME_GRADIENT", "Replay"]
 
@@ -117,6 +117,15 @@ class Replay:
         block = max(1, _BLOCK_BYTES // (table.num_elements * itemsize))
         for part in (torch.arange(self.num_rows) if rows is None else rows).split(block):
             yield table.flatten_rows(self.separate_rows(part) if separate else self.batch_rows(part.tolist()))
+
+    def couples_rows(self) -> bool:
+        """Whether the first row's output depends on what is in the other rows, as with BatchNorm in training."""
+        alike = {name: tensor[:1].expand_as(tensor).clone() for name, tensor in self.inputs.items()}
+        with torch.no_grad(), self.conditions():
+            outputs = self.outputs(self.params)
+        with torch.no_grad(), self.conditions():
+            others = replace(self, inputs=alike).outputs(self.params)
+        return any(not torch.allclose(tensor[0], others[name][0]) for name, tensor in outputs.items())
 
     def is_separate(self) -> bool:
         """Whether the gradients of rows on their own sum to that of the batch."""

@@ -1,0 +1,1 @@
+"""Recorded forward calls, made again: the model as a function of its parameters, and the gradients of a call."""
