@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from explaind.errors import ClosureError, StoreExistsError
+from explaind.errors import ClosureError, StoreExistsError, UnattributedWarning
 
 if TYPE_CHECKING:
     from explaind.plots.accessor import AttributionPlots
@@ -20,6 +21,9 @@ __all__ = ["TERMS", "Attribution", "Closure"]
 
 TERMS = ("contribution", "decay", "other", "rounding")
 """The terms that carry the axes of a decomposition."""
+
+_MUCH = 1e-3
+"""Of the path: more than this in `other` is warned about."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +39,9 @@ class Closure:
     quadrature_limit: float
     """Largest `quadrature` that passes."""
     other: float
-    """|summed `other` term| relative to the path length: what no recorded example accounts for."""
+    """Summed absolute `other` terms relative to the path length: what no recorded example accounts for."""
     rounding: float
-    """|summed `rounding` term| relative to the path length: floating-point error of the training."""
+    """Summed absolute `rounding` terms relative to the path length: floating-point error of the training."""
 
     @property
     def passed(self) -> bool:
@@ -75,22 +79,23 @@ class Attribution:
         error = np.abs(self.total - data.prediction) / size.where(size > 0, 1.0)
         path = data.path_length.where(data.path_length > 0, 1.0)
 
-        def share(name: str) -> float:
-            term = data[name]
+        def share(term: xr.DataArray) -> float:
             summed = term.sum([dim for dim in term.dims if dim != "query"], skipna=False)
             return float((np.abs(summed) / path).max(skipna=False))
 
         return Closure(
             error=float(error.max(skipna=False)),
             error_limit=1e-12 if data.attrs["dtype"] == "float64" else 1e-5,
-            quadrature=share("quadrature"),
+            quadrature=share(data.quadrature),
             quadrature_limit=float(data.attrs["tolerance"]),
-            other=share("other"),
-            rounding=share("rounding"),
+            other=share(np.abs(data.other)),
+            rounding=share(np.abs(data.rounding)),
         )
 
     def check(self, *, tolerance: float | None = None) -> Closure:
         """Raise unless the terms sum to the prediction and the quadrature error is within tolerance.
+
+        The sum closes whatever is in the term `other`; more than a thousandth of the path there is warned about.
 
         Args:
             tolerance: largest quadrature error to accept, as a part of the query's path length; by default the
@@ -98,6 +103,9 @@ class Attribution:
 
         Raises:
             ClosureError: they do not, or it is not.
+
+        Warns:
+            UnattributedWarning: much of the path is in `other`, so the contributions are not the whole story.
         """
         closure = self.closure
         if tolerance is not None:
@@ -108,6 +116,16 @@ class Attribution:
             raise ClosureError(
                 f"the path integral, by {self.dataset.attrs['quadrature']}, is not accurate enough: {closure}. Accept "
                 "it with check(tolerance=…), or attribute again with explaind.quadrature.adaptive(max_depth=…)."
+            )
+        if not closure.other <= _MUCH:
+            warnings.warn(
+                f"{closure.other:.1%} of the path is in the term 'other': gradient or movement that no recorded "
+                "example accounts for. A penalty on the parameters, injected noise, weights changed by hand or "
+                "momentum from before the recording belong there; if the loop has none of these, the gradient that the "
+                "optimizer used is not that of the recorded calls (gradients kept from earlier steps or edited between "
+                "backward passes, say), and run.verify() tells at which step.",
+                UnattributedWarning,
+                stacklevel=2,
             )
         return closure
 

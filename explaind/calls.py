@@ -74,10 +74,12 @@ def model_parts(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that the loop calls, by name: the model, or those of a mere container."""
     if not isinstance(model, (nn.ModuleList, nn.ModuleDict)):
         return {"": model}
+    # What has no parameters is just a function between the calls of those that have.
     return {
         f"{name}.{inner}" if inner else name: part
         for name, child in model.named_children()
         for inner, part in model_parts(child).items()
+        if any(True for _ in part.parameters())
     }
 
 
@@ -99,7 +101,7 @@ def take_apart(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[dict[s
             return {"value": value}
         if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
             return {"dict": {key: describe(f"{name}.{key}", entry) for key, entry in value.items()}}
-        if isinstance(value, (list, tuple)):
+        if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
             kind = "list" if isinstance(value, list) else "tuple"
             return {kind: [describe(f"{name}.{i}", entry) for i, entry in enumerate(value)]}
         raise RecordingError(
@@ -140,6 +142,8 @@ def named_tensors(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 def fingerprint_output(output: Any) -> Tensor:
     """Norm and sum of all floating-point tensors of a model's output, `[2]`."""
     tensors = [tensor.detach() for _, tensor in named_tensors(output) if tensor.is_floating_point()]
+    if not tensors:
+        return torch.zeros(2, dtype=torch.float64)
     wide = [tensor.float() if tensor.itemsize < 4 else tensor for tensor in tensors]
     norms = torch.stack([torch.linalg.vector_norm(tensor).double() for tensor in wide])
     sums = torch.stack([tensor.sum().double() for tensor in wide])

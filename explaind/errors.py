@@ -10,6 +10,7 @@ __all__ = [
     "ResultTooLargeError",
     "StoreExistsError",
     "StoreFormatError",
+    "UnattributedWarning",
     "UnknownUpdateRuleError",
     "VerificationError",
 ]
@@ -57,3 +58,7 @@ class ClosureError(ExplaindError, ArithmeticError):
 
 class VerificationError(ExplaindError, RuntimeError):
     """Replaying a recorded step does not give what was recorded."""
+
+
+class UnattributedWarning(UserWarning):
+    """Much of what a decomposition explains came from no recorded example."""

@@ -223,17 +223,15 @@ class Record:
         return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
     def call_samples(self) -> list[tuple[int, int]]:
-        """One (step, call within it) for every kind of call and combination of training modes that occurred."""
-        if not len(self._call_steps):
+        """One (step, call within it) for every kind of call and combination of training modes, with the most rows."""
+        count = self._num_calls(self.num_steps)
+        if not count:
             return []
-        signs = np.concatenate([self._store.read("training"), self._call_kinds[:, None]], axis=1)
-        _, calls = np.unique(signs, axis=0, return_index=True)
-        steps = [int(self._call_steps[call]) for call in calls]
-        return [
-            (step, int(call) - self._num_calls(step))
-            for step, call in zip(steps, calls, strict=True)
-            if step < self.num_steps
-        ]
+        signs = np.concatenate([self._store.read("training", 0, count), self._call_kinds[:count, None]], axis=1)
+        most = np.argsort(-np.diff(self._row_offsets)[:count], kind="stable")
+        _, first = np.unique(signs[most], axis=0, return_index=True)
+        steps = [(int(self._call_steps[call]), int(call)) for call in np.sort(most[first])]
+        return [(step, call - self._num_calls(step)) for step, call in steps]
 
     def _num_calls(self, step: int) -> int:
         """Number of calls before a step."""

@@ -327,3 +327,135 @@ def test_buffers_are_those_before_the_call_also_when_the_call_changes_them(tmp_p
         result = run.attribute(explaind.Query(FEATURES[:2], output=explaind.outputs.logit([0, 1])), by=AXES)
         result.check()
         assert float(np.abs(result.dataset.other).sum() + np.abs(result.dataset.rounding).sum()) < 1e-12
+
+
+# ---------------------------------------------------------------------- what models do to their tensors
+
+
+def test_outputs_changed_in_place_are_followed(tmp_path):
+    """An output that is a view, and one of several, lose their hooks when they are changed in place."""
+
+    class Sliced(Heads):
+        def forward(self, x):
+            return super().forward(x)[:, -3:]
+
+    def loop_over_slices(model, optimizer, recorder):
+        for _ in range(2):
+            optimizer.zero_grad()
+            for rows in (slice(0, 4), slice(4, 9)):
+                F.cross_entropy(model(FEATURES[rows]).div_(0.5), LABELS[rows], reduction="sum").backward()
+            optimizer.step()
+
+    def loop_over_pairs(model, optimizer, recorder):
+        for x, y in batches(recorder):
+            optimizer.zero_grad()
+            hidden, logits = model(x)
+            logits /= 0.5
+            (F.cross_entropy(logits, y) + hidden.square().mean()).backward()
+            optimizer.step()
+
+    cases = {
+        "slices": (lambda: Sliced(joint), loop_over_slices, explaind.outputs.logit([0, 1])),
+        "pairs": (lambda: Heads(Pair), loop_over_pairs, explaind.outputs.logit([0, 1]).of(1)),
+    }
+    for name, (make, loop, output) in cases.items():
+        run, _ = recorded(tmp_path / f"{name}.zarr", make, loop)
+        assert run.verify().exact_gradients == run.num_steps, name
+        assert run.attribute(explaind.Query(FEATURES[:2], output=output), by=AXES).check().other == 0
+
+
+def test_parts_without_parameters_are_functions_between_the_others(tmp_path):
+    def make():
+        torch.manual_seed(3)
+        return nn.ModuleList([nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)]).double()
+
+    def loop(model, optimizer, recorder):
+        for x, y in batches(recorder):
+            optimizer.zero_grad()
+            F.cross_entropy(model[2](model[1](model[0](x))), y).backward()
+            optimizer.step()
+
+    run, _ = recorded(tmp_path / "run.zarr", make, loop)
+    output = explaind.outputs.logit([0, 1])
+    query = explaind.Query(FEATURES[:2], output=output, forward=lambda m, x: m[2](m[1](m[0](x))))
+    assert run.attribute(query, by=AXES).check().other == 0
+    assert run.verify().bit_exact
+
+
+def test_a_model_may_convert_its_input_to_the_type_it_is_trained_in(tmp_path):
+    class Bytes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(3)
+            self.linear = nn.Linear(3, 3)
+
+        def forward(self, x):
+            offset = torch.full((3,), 0.5, dtype=torch.float32)
+            return self.linear(x.float() / 255 - offset).to(torch.float32) * torch.ones(3)
+
+    images = (FEATURES.abs() * 60).to(torch.uint8)
+
+    def loop(model, optimizer, recorder):
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), LABELS).backward()
+            optimizer.step()
+
+    run, _ = recorded(tmp_path / "run.zarr", Bytes, loop)
+    query = explaind.Query(images[:2], output=explaind.outputs.logit([0, 1]))
+    for dtype in (torch.float64, torch.float32):
+        assert run.attribute(query, by=AXES, dtype=dtype).check().other == 0
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_coupling_that_the_first_call_does_not_show_is_seen(tmp_path):
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(3)
+            self.linear = nn.Linear(3, 3).double()
+
+        def forward(self, x):
+            out = torch.tanh(self.linear(x))
+            return out - 1e-4 * out.mean(dim=0) if self.training else out
+
+    def loop(model, optimizer, recorder):
+        for rows in (slice(0, 1), slice(0, 4), slice(4, 9)):
+            optimizer.zero_grad()
+            F.cross_entropy(model(FEATURES[rows]), LABELS[rows]).backward()
+            optimizer.step()
+
+    run, _ = recorded(tmp_path / "run.zarr", Centred, loop)
+    result = run.attribute(explaind.Query(FEATURES[:2], output=explaind.outputs.logit([0, 1])), by=AXES)
+    assert result.dataset.attrs["example_products"] == "tangents"
+    assert result.dataset.attrs["row_split"].startswith("coupled rows")
+    assert result.check().rounding < 1e-12
+
+
+def test_a_named_tuple_as_argument_is_refused(tmp_path):
+    class First(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 3).double()
+
+        def forward(self, pair):
+            return self.linear(pair.first)
+
+    with pytest.raises(RecordingError, match="the argument '0' is a Pair"):
+        recorded(tmp_path / "run.zarr", First, lambda model, *_: model(Pair(FEATURES, LABELS)))
+
+
+def test_what_no_example_accounts_for_is_warned_about(tmp_path):
+    def loop(model, optimizer, recorder):
+        for rows in (slice(0, 4), slice(4, 9)):
+            optimizer.zero_grad()
+            F.cross_entropy(model(FEATURES[rows]), LABELS[rows]).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+            F.cross_entropy(model(FEATURES), LABELS).backward()
+            optimizer.step()
+
+    run, _ = recorded(tmp_path / "run.zarr", mlp, loop)
+    result = run.attribute(explaind.Query(FEATURES[:2], output=explaind.outputs.logit([0, 1])), by=AXES)
+    with pytest.warns(explaind.errors.UnattributedWarning, match=r"% of the path is in the term 'other'"):
+        closure = result.check()
+    assert closure.other > 1e-3

@@ -575,6 +575,7 @@ def test_the_top_examples_need_an_example_axis(run):
         run.attribute(query(), by=("query", "step")).top(3)
 
 
+@pytest.mark.filterwarnings("ignore::explaind.errors.UnattributedWarning")
 def test_parameters_changed_by_hand_between_steps_are_found(traced, tmp_path):
     with traced() as (model, optimizer, _):
         step_on(model, optimizer, slice(0, 3))

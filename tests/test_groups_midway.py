@@ -298,6 +298,7 @@ def test_parameters_that_require_gradients_and_have_no_group_are_not_trained(tmp
     assert_exact(run)
 
 
+@pytest.mark.filterwarnings("ignore::explaind.errors.UnattributedWarning")
 def test_a_stale_gradient_of_a_new_parameter_comes_from_no_example(tmp_path):
     def thaw(model, optimizer):
         model[0].requires_grad_(True)

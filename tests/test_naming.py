@@ -1,5 +1,7 @@
 """Names of examples never go stale and never collide without an error."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -125,3 +127,76 @@ def test_every_groups_rate_is_in_the_history(tmp_path):
     grouped = next(case for case in CASES if case.name == "sgd-two-groups-schedule")
     run, _ = record(grouped, tmp_path / "run.zarr")
     np.testing.assert_allclose(run.history[["lr_0", "lr_1"]].iloc[0], [0.1, 0.2])
+
+
+# ---------------------------------------------------------------------- batches that are fetched ahead
+
+
+def fetched(path, loop, *, size=3):
+    """Record a loop over batches of 3 and return each call's rows, by their true index in the data set."""
+    model = mlp()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    features, _ = data().tensors
+    loader = DataLoader(data(), batch_size=size, shuffle=True, generator=torch.Generator().manual_seed(2))
+
+    def step(batches, change=lambda x: x):
+        optimizer.zero_grad()
+        for x, y in batches:
+            F.cross_entropy(model(change(x)), y).backward()
+        optimizer.step()
+
+    with explaind.trace(model, optimizer, path) as recorder:
+        loop(recorder.batches(loader), step)
+    run = explaind.open_run(path, model=mlp())
+    for number in range(run.num_steps):
+        for call in run.calls(number):
+            assert torch.equal(call.inputs["0"], features[torch.from_numpy(call.examples)])
+    return run
+
+
+def several_at_once(batches, step):
+    for one in batches:
+        step([one, *itertools.islice(batches, 1)])
+
+
+def one_ahead(batches, step):
+    previous = next(batches)
+    for batch in batches:
+        step([previous])
+        previous = batch
+    step([previous])
+
+
+def listed(batches, step):
+    for batch in list(batches):
+        step([batch])
+
+
+def some_left_out(batches, step):
+    for number, batch in enumerate(batches):
+        if number != 1:
+            step([batch])
+
+
+@pytest.mark.parametrize("loop", [several_at_once, one_ahead, listed, some_left_out])
+def test_batches_fetched_ahead_keep_their_names(loop, tmp_path):
+    run = fetched(tmp_path / "run.zarr", loop)
+    assert len(run.examples) == (6 if loop is some_left_out else 9)
+
+
+def test_batches_fetched_ahead_and_changed_are_refused(tmp_path):
+    def loop(batches, step):
+        for batch in list(batches):
+            step([batch], change=lambda x: 2 * x)
+
+    with pytest.raises(RecordingError, match=r"asked for a batch before a forward call.*recorder\.examples\(ids\)"):
+        fetched(tmp_path / "run.zarr", loop)
+
+
+def test_rows_in_another_order_than_the_batch_are_refused(tmp_path):
+    def loop(batches, step):
+        for batch in batches:
+            step([batch], change=lambda x: x.flip(0))
+
+    with pytest.raises(RecordingError, match="those of the batch in another order"):
+        fetched(tmp_path / "run.zarr", loop)

@@ -635,6 +635,7 @@ def test_a_zeroed_micro_batch_does_not_count(forward, set_to_none, tmp_path):
     assert run.verify().bit_exact
 
 
+@pytest.mark.filterwarnings("ignore::explaind.errors.UnattributedWarning")
 def test_forgotten_gradients_count_again_in_the_next_step_as_no_example(tmp_path):
     def body(model, optimizer, recorder):
         for start in (0, 3, 6):
@@ -847,6 +848,7 @@ def test_tied_weights_are_one_parameter(tmp_path):
     np.testing.assert_allclose(result.dataset.contribution, expected, rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore::explaind.errors.UnattributedWarning")
 def test_a_continued_run_keeps_the_momentum_from_before(tmp_path):
     model = mlp()
     optimizer = make_sgd(model)
@@ -1002,6 +1004,7 @@ def value_of(x):
     return explaind.Query(x, output=explaind.outputs.value())
 
 
+@pytest.mark.filterwarnings("ignore::explaind.errors.UnattributedWarning")
 def test_a_penalty_in_the_loss_is_other(tmp_path):
     run, _ = regression(tmp_path / "run.zarr", lambda gradient: None, penalty=0.05)
     x = FEATURES[:1]
@@ -1011,6 +1014,7 @@ def test_a_penalty_in_the_loss_is_other(tmp_path):
     np.testing.assert_allclose(result.dataset.other[0], expected, rtol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore::explaind.errors.UnattributedWarning")
 @pytest.mark.parametrize("bias", [True, False])
 def test_noise_added_to_the_gradient_is_other_and_no_rescaling(bias, tmp_path):
     noise = torch.tensor([[0.3, -0.2, 0.5]], dtype=torch.float64)

@@ -251,6 +251,7 @@ def one_entry_by_hand(model, number):
     model[0].weight.grad[1, 2] += 0.1
 
 
+@pytest.mark.filterwarnings("ignore::explaind.errors.UnattributedWarning")
 @pytest.mark.parametrize("edit", [noise, decay_by_hand, one_entry_by_hand])
 def test_foreign_gradients_are_credited_to_no_example(tmp_path, edit):
     run = record(tmp_path / "run", edit)
@@ -262,6 +263,7 @@ def test_foreign_gradients_are_credited_to_no_example(tmp_path, edit):
     assert_equals_twin(run)
 
 
+@pytest.mark.filterwarnings("ignore::explaind.errors.UnattributedWarning")
 def test_noise_on_one_tensor_leaves_the_others_clipped(tmp_path):
     run = record(tmp_path / "run", noise_on_one_tensor)
     other = np.abs(attribute(run).dataset.other).sum(["query", "step"])
@@ -270,6 +272,7 @@ def test_noise_on_one_tensor_leaves_the_others_clipped(tmp_path):
     assert_equals_twin(run)
 
 
+@pytest.mark.filterwarnings("ignore::explaind.errors.UnattributedWarning")
 def test_a_penalty_in_the_loss_is_no_rescaling_of_a_model_with_one_direction(tmp_path):
     # From zero, one example moves the weights along its own gradient only, and so does a penalty on them.
     def loop(model, optimizer):
@@ -291,6 +294,7 @@ def test_a_penalty_in_the_loss_is_no_rescaling_of_a_model_with_one_direction(tmp
     assert float(np.abs(result.dataset.other).max()) > 1e-3
 
 
+@pytest.mark.filterwarnings("ignore::explaind.errors.UnattributedWarning")
 def test_a_penalty_in_the_loss_and_clipping(tmp_path):
     run = record(
         tmp_path / "run", EDITS[0], penalty=lambda model: 0.1 * sum(p.square().sum() for p in model.parameters())

@@ -102,7 +102,7 @@ class ForwardSweep:
             lost = step.example_gradient_sum - f.sign * entering.contribution.sum(dim=0)
             spread = dot(phi.abs(), entering.contribution.abs().sum(dim=0), slices)
             weights = phi * f.sign * step.gradient_scale
-            check_example_sum(step, -dot(phi, f.sign * lost, slices), spread, weights, slices, self._products.dtype)
+            check_example_sum(step, -dot(phi, f.sign * lost, slices), spread, weights, slices, self._products.precision)
         return StepTerms(
             contribution=applied("contribution")[:, :, None],
             decay=applied("decay")[:, 0] - dot(phi, f.decoupled_decay * step.params, slices),

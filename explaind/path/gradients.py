@@ -113,7 +113,9 @@ def _check_output(step: int, call: RecordedCall, output: Any) -> None:
         raise ModelMismatchError(
             f"the model does not give the output that was recorded at step {step}: its norm and sum are {norm:.6g}, "
             f"{total:.6g}, recorded were {call.output_fingerprint[0]:.6g}, {call.output_fingerprint[1]:.6g}. Its "
-            "parameters have the recorded names and shapes, but its forward pass computes something else."
+            "parameters have the recorded names and shapes, but its forward pass computes something else: it is "
+            "another model, or changes its input in place, draws random numbers other than torch's, or has settings "
+            "(such as Dropout.p) or hooks that differ from those in the loop."
         )
 
 

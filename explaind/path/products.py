@@ -30,8 +30,8 @@ class ExampleProducts(Protocol):
     """A strategy for the products of section 4 of the derivation."""
 
     name: str
-    dtype: torch.dtype
-    """Type that they are computed in."""
+    precision: torch.dtype
+    """Type that they are exact to, up to rounding."""
 
     def products(self, step: int, call: RecordedCall, rows: Tensor, psi: Tensor, slices: Slices) -> Tensor:
         """⟨ψ_q^{(l)}, g_k^{(l)}⟩ for the given rows of a call.
@@ -58,12 +58,14 @@ class GradientProducts:
 
     def __init__(self, run: Run, *, dtype: torch.dtype, device: torch.device, separate: bool) -> None:
         self.name = "stored" if run.stores_example_grads else "vmap" if separate else "rows of the batch"
-        self.dtype = dtype
-        self._run, self._device, self._separate = run, device, separate
+        self.precision = (
+            run.table.dtype if run.stores_example_grads and run.table.dtype.itemsize < dtype.itemsize else dtype
+        )
+        self._run, self._dtype, self._device, self._separate = run, dtype, device, separate
 
     def products(self, step: int, call: RecordedCall, rows: Tensor, psi: Tensor, slices: Slices) -> Tensor:
         """See `ExampleProducts.products`."""
-        psi = psi.to(self.dtype)
+        psi = psi.to(self._dtype)
         blocks = [layer_products(psi, gradients, slices) for gradients in self.gradients(step, call, rows)]
         return torch.cat(blocks, dim=1)[:, :, None]
 
@@ -71,8 +73,8 @@ class GradientProducts:
         """g_k of the given rows, in blocks `[row, element]`."""
         if self._run.stores_example_grads:
             stored = self._run.stored_example_grads(call.rows)[rows]
-            return [stored.to(device=self._device, dtype=self.dtype)]
-        replay = call_replay(self._run, step, call, dtype=self.dtype, device=self._device)
+            return [stored.to(device=self._device, dtype=self._dtype)]
+        replay = call_replay(self._run, step, call, dtype=self._dtype, device=self._device)
         return list(replay.row_gradients(self._run.table, rows, separate=self._separate))
 
 
@@ -92,13 +94,14 @@ class TangentProducts:
     name = "tangents"
 
     def __init__(self, run: Run, *, num_tokens: int | None = None, dtype: torch.dtype, device: torch.device) -> None:
-        self._run, self._num_tokens, self.dtype, self._device = run, num_tokens, dtype, device
+        self._run, self._num_tokens, self._dtype, self._device = run, num_tokens, dtype, device
+        self.precision = dtype
 
     def products(self, step: int, call: RecordedCall, rows: Tensor, psi: Tensor, slices: Slices) -> Tensor:
         """See `ExampleProducts.products`."""
-        psi = psi.to(self.dtype)
-        flat = self._run.flat_params(step).to(device=self._device, dtype=self.dtype).requires_grad_()
-        replay = call_replay(self._run, step, call, dtype=self.dtype, device=self._device)
+        psi = psi.to(self._dtype)
+        flat = self._run.flat_params(step).to(device=self._device, dtype=self._dtype).requires_grad_()
+        replay = call_replay(self._run, step, call, dtype=self._dtype, device=self._device)
         with replay.conditions(), torch.enable_grad():
             outputs = replay.outputs(self._run.table.unflatten(flat))
             u = [torch.zeros_like(output, requires_grad=True) for output in outputs.values()]

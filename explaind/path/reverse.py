@@ -23,6 +23,10 @@ from explaind.run import Run
 
 __all__ = ["ReverseSweep"]
 
+_SUMMED_UNITS = 1024
+"""Rounding of a usual sum over examples, in units of its absolute sum."""
+_LARGEST_LOSS = {torch.float64: 1e-7, torch.float32: 1e-2}
+"""Of the absolute sum: more is no rounding, not even of layers that magnify it by normalising nearly equal rows."""
 _CANCELLED_UNITS = 256
 """Rounding of the entries of a product that cancel, in units of their size: that of a few layers' backward pass."""
 
@@ -82,7 +86,7 @@ class ReverseSweep:
             if self._sources.restricted:
                 omitted += lost.sum(dim=1)
             else:
-                check_example_sum(step, lost, spread, signed * step.gradient_scale, slices, self._products.dtype)
+                check_example_sum(step, lost, spread, signed * step.gradient_scale, slices, self._products.precision)
                 rounding = rounding + lost
         if step.index == self._first and isinstance(self._carried, Tensor):
             # The buffer as it was before: it belongs to earlier steps, or to before the recording.
@@ -142,22 +146,24 @@ def check_example_sum(
         spread: sum of their absolute values, `[query, layer]`.
         weights: what the gradients were multiplied with, `[query, element]`.
         slices: the layers.
-        dtype: type that the parts were computed in.
+        dtype: type that the parts are exact to.
 
     Raises:
         VerificationError: they do not.
     """
+    unit, trained, total = torch.finfo(dtype).eps, torch.finfo(step.recorded_dtype).eps, spread.sum(dim=1)
     # Where the entries of every single product cancel, its parts are nothing but their rounding.
     size = dot(weights.abs(), step.replayed_gradient.abs(), slices).sum(dim=1)
-    limit = 1e-3 * spread.sum(dim=1) + _CANCELLED_UNITS * torch.finfo(dtype).eps * size + 1e-300
-    if bool((lost.sum(dim=1).abs() <= limit).all()):
+    cancelled = _CANCELLED_UNITS * unit * size + 1e-300
+    if bool((lost.sum(dim=1).abs() <= _SUMMED_UNITS * max(unit, trained) * total + cancelled).all()):
         return
     # Gradients of nearly fitted examples are rounded coarsely in float32: only float64 can tell.
     correction = dot(weights, step.exact_example_gradient_sum - step.replayed_gradient, slices)
-    worst = float(((lost - correction).sum(dim=1).abs() / limit).max())
-    if not worst <= 1:
+    missing = (lost - correction).sum(dim=1).abs()
+    if not bool((missing <= _LARGEST_LOSS.get(dtype, 1e-2) * total + cancelled).all()):
         raise VerificationError(
-            f"the examples' parts of step {step.index} do not sum to its gradient (off by {1e-3 * worst:.1e} of their "
-            "absolute sum). The model couples its batch in a way that was not seen at the first call of the kind, "
-            "or it is not the model that was recorded; run.verify() tells which."
+            f"the examples' parts of step {step.index} do not sum to its gradient (off by "
+            f"{float((missing / (total + cancelled)).max()):.1e} of their absolute sum). The model couples its batch "
+            "in some calls only, and not in the largest one, or it is not the model that was recorded; run.verify() "
+            "tells which. Without 'example' in by, the steps and layers still add up."
         )

@@ -90,6 +90,11 @@ class Step:
         self.update = self.next_params - self.params
         """Δ_s"""
 
+    @property
+    def recorded_dtype(self) -> torch.dtype:
+        """Type that parameters and gradients are recorded in."""
+        return self._run.table.dtype
+
     def _load(self, flat: Tensor) -> Tensor:
         return flat.to(device=self._device, dtype=torch.float64)
 

@@ -22,6 +22,7 @@ from explaind.calls import (
     take_apart,
 )
 from explaind.errors import RecordingError
+from explaind.recording.naming import NamedBatch
 
 __all__ = ["CallCapture", "ForwardCall"]
 
@@ -52,8 +53,8 @@ class ForwardCall:
     """How often each parameter that requires gradients had been changed in place, by name."""
     output_fingerprint: Tensor
     """Norm and sum of its output, `[2]`: tells whether a replay is of the same model."""
-    example_ids: Sequence[int] | None
-    """Names given to its rows by the user, if any."""
+    example_ids: Sequence[int] | RecordingError | None
+    """Names given to its rows by the user, if any, or why they are not known."""
     output_grads: dict[str, Tensor] = field(default_factory=dict)
     """∂L/∂f of each output tensor that the loss depends on, summed over the backward passes that made the step's
     gradient, `[row, …]`; empty before the step, and with an objective."""
@@ -91,8 +92,8 @@ class CallCapture:
         model: the model whose calls are seen.
         called: what the loop calls: the model, its compiled form, or a ModuleList or ModuleDict of what it calls.
         current_step: returns the number of finished optimizer steps.
-        current_ids: returns the ids that the user gave the next rows, or None.
-        current_batch: returns the batch that stands for the calls, for an objective; None if there is none.
+        named: returns the batch that a call with some tensors is about; None if it has no name, or why it is not known.
+        objective: whether batches stand for the calls about them.
         before_call: called before each forward pass.
         fixed_version: notes the present buffers and frozen parameters, and returns the number of that version.
         gradients_cleared: tells whether all parameters' gradients are None or zero.
@@ -104,8 +105,8 @@ class CallCapture:
         called: nn.Module,
         *,
         current_step: Callable[[], int],
-        current_ids: Callable[[], Sequence[int] | None],
-        current_batch: Callable[[], Any] | None,
+        named: Callable[[Mapping[str, Tensor]], NamedBatch | RecordingError | None],
+        objective: bool,
         before_call: Callable[[], None],
         fixed_version: Callable[[], int],
         gradients_cleared: Callable[[], bool],
@@ -113,8 +114,7 @@ class CallCapture:
         self._model = model
         self._modules = list(model.modules())
         self._current_step = current_step
-        self._current_ids = current_ids
-        self._current_batch = current_batch
+        self._named, self._objective = named, objective
         self._before_call = before_call
         self._fixed_version = fixed_version
         self._gradients_cleared = gradients_cleared
@@ -192,17 +192,21 @@ class CallCapture:
             differentiable = [name for name, tensor in named_tensors(output) if tensor.requires_grad]
             if not differentiable:
                 return None
-            if self._current_batch is not None:
-                self._watch_batch(self._current_batch(), beginning, output)
+            named = self._named(take_apart(args, kwargs)[0])
+            if self._objective:
+                self._watch_batch(named, beginning, output)
                 return None
-            call = self._call(part, args, kwargs, beginning, output)
+            call = self._call(part, args, kwargs, named, beginning, output)
             check_rows(call.inputs, output)
+
+            # One output may be computed from another: a copy of each sees what came from the loss alone. And a view
+            # would lose its hook if it were changed in place.
+            copied = len(differentiable) > 1 or (isinstance(output, Tensor) and output._is_view())
 
             def watch(name: str, tensor: Tensor) -> Tensor:
                 if not tensor.requires_grad:
                     return tensor
-                # One output may be computed from another: a view of each sees what came from the loss alone.
-                seen = tensor.view_as(tensor) if len(differentiable) > 1 else tensor
+                seen = tensor.clone() if copied else tensor
                 if tensor.ndim and len(tensor) == call.num_rows:
                     seen.register_hook(lambda grad: self._receive(call, name, grad))
                 else:
@@ -210,12 +214,18 @@ class CallCapture:
                 return seen
 
             watched = map_tensors(output, watch)
-            return watched if len(differentiable) > 1 else None
+            return watched if copied else None
 
         return hook
 
     def _call(
-        self, part: str | None, args: tuple[Any, ...], kwargs: dict[str, Any], beginning: _Beginning, output: Any
+        self,
+        part: str | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        named: NamedBatch | RecordingError | None,
+        beginning: _Beginning,
+        output: Any,
     ) -> ForwardCall:
         tensors, template = take_apart(args, kwargs)
         if not tensors:
@@ -232,13 +242,20 @@ class CallCapture:
             fixed_version=beginning.fixed_version,
             parameter_versions={n: p._version for n, p in self._model.named_parameters() if p.requires_grad},
             output_fingerprint=fingerprint_output(output),
-            example_ids=self._current_ids(),
+            example_ids=named.ids if isinstance(named, NamedBatch) else named,
         )
 
-    def _watch_batch(self, batch: Any, beginning: _Beginning, output: Any) -> None:
+    def _watch_batch(self, named: NamedBatch | RecordingError | None, beginning: _Beginning, output: Any) -> None:
         """With an objective: the batch stands for all calls about it, from the first one on."""
-        if self._batch is None or self._batch[0] is not batch:
-            self._batch = (batch, self._call(None, (batch,), {}, beginning, output))
+        if isinstance(named, RecordingError):
+            raise named
+        if named is None or named.batch is None:
+            raise RecordingError(
+                "an objective is a function of the batch, so it must be known: iterate over recorder.batches(loader), "
+                "and call the model for other purposes under torch.no_grad()."
+            )
+        if self._batch is None or self._batch[0] is not named.batch:
+            self._batch = (named.batch, self._call(None, (named.batch,), {}, named, beginning, output))
             check_rows(self._batch[1].inputs, None)
         call = self._batch[1]
 

@@ -42,7 +42,7 @@ class FixedTensors:
 
     def version(self) -> tuple[int, NDArray[np.uint8] | None]:
         """Number of the current version, and its bytes `[1, byte]` if it is a new one."""
-        tensors = fixed_tensors(self._model, self._tracked).values()
+        tensors = list(fixed_tensors(self._model, self._tracked).values())
         if not tensors:
             return 0, None
         parts = [t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in tensors]

@@ -2,27 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from explaind.calls import named_tensors
 from explaind.errors import RecordingError
 from explaind.recording.batches import with_indices
 
-__all__ = ["ExampleNames"]
+__all__ = ["ExampleNames", "NamedBatch"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class NamedBatch:
+    """A batch whose rows have names."""
+
+    ids: Sequence[int]
+    """Example id of every row."""
+    batch: Any = None
+    """The batch itself, as the loader gave it; None if it was named by hand."""
+
+    def is_shown(self, inputs: Mapping[str, Tensor]) -> bool:
+        """Whether one of a call's tensors is one of the batch's."""
+        return any(_same(one, other) for one, other in self._pairs(inputs))
+
+    def is_permuted(self, inputs: Mapping[str, Tensor]) -> bool:
+        """Whether one of a call's tensors has the rows of one of the batch's in another order."""
+        return any(not _same(one, other) and _same_rows(one, other) for one, other in self._pairs(inputs))
+
+    def _pairs(self, inputs: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        for _, own in named_tensors(self.batch):
+            for given in inputs.values():
+                if own.shape == given.shape and own.ndim and own.numel():
+                    yield given.detach().cpu(), own.detach().to(device="cpu", dtype=given.dtype)
 
 
 class ExampleNames:
     """Keeps the ids that the next forward calls' rows have, and refuses what would mix examples up."""
 
     def __init__(self) -> None:
-        self.current: list[int] | None = None
-        """Ids of the rows of the next calls, `[row]`; None if they have no names."""
-        self._batch: Any = None
+        self._current: NamedBatch | None = None
+        self._used = False
+        self._ahead: list[NamedBatch] = []
         self._by_hand = False
         self._used_by_hand: list[tuple[Sequence[int], str | None, NDArray[np.int64]]] = []
         self._ever: bool | None = None
@@ -50,26 +77,41 @@ class ExampleNames:
                 "about. Name each batch with recorder.examples(ids) before its forward call."
             )
         self._iterating = True
+        self._ahead = []
         try:
             for indices, batch in loader:
-                self.current, self._batch, self._by_hand = indices, batch, False
+                self._leave_current()
+                self._current, self._by_hand = NamedBatch(ids=indices, batch=batch), False
                 yield batch
         finally:
-            self.current, self._batch, self._iterating = None, None, False
+            self._leave_current()
+            self._iterating = False
 
-    @property
-    def batch(self) -> Any:
-        """The batch that the next forward calls are about.
+    def _leave_current(self) -> None:
+        """The current batch gives way to the next one; if no call was about it yet, that may still come."""
+        if self._current is not None and not self._used and not self._by_hand:
+            self._ahead.append(self._current)
+        self._current, self._used = None, False
 
-        Raises:
-            RecordingError: it does not come from `batches`.
-        """
-        if self._batch is None:
-            raise RecordingError(
-                "an objective is a function of the batch, so it must be known: iterate over recorder.batches(loader), "
-                "and call the model for other purposes under torch.no_grad()."
+    def named(self, inputs: Mapping[str, Tensor]) -> NamedBatch | RecordingError | None:
+        """The batch that a call with these tensors is about; None if it has no name, or why it is not known."""
+        found = self._current
+        if self._ahead and not self._by_hand:
+            found = next((batch for batch in [*self._ahead, found] if batch and batch.is_shown(inputs)), None)
+            if found is None:
+                return RecordingError(
+                    "recorder.batches was asked for a batch before a forward call was about the one before it, and the "
+                    "model's input is none of these as it came, so it is not known which one it is. Name the rows of "
+                    "each call with recorder.examples(ids) before it."
+                )
+            self._ahead = self._ahead[self._ahead.index(found) :] if found in self._ahead else []
+        self._used = self._used or found is self._current
+        if found is not None and found.is_permuted(inputs):
+            return RecordingError(
+                "the rows of the model's input are those of the batch in another order, which recorder.batches cannot "
+                "know. Name them with recorder.examples(ids) before the forward call."
             )
-        return self._batch
+        return found
 
     def by_hand(self, ids: Sequence[int] | NDArray[Any] | Tensor) -> None:
         """Name the rows of the next calls with one batch, up to the end of the step."""
@@ -79,23 +121,29 @@ class ExampleNames:
                 f"example ids are a flat sequence of integers, one per row of the batch; got {values.dtype} with "
                 f"shape {values.shape}."
             )
-        self.current, self._by_hand = [int(value) for value in values], True
+        self._current, self._by_hand = NamedBatch(ids=[int(value) for value in values]), True
 
     def end_step(self) -> None:
         """Forget ids that were given by hand: the next step's batch is another one."""
         if self._by_hand:
-            self.current = None
+            self._current = None
         self._used_by_hand.clear()
 
     def resolve(
-        self, given: Sequence[int] | None, content: NDArray[np.int64], step: int, part: str | None
+        self,
+        given: Sequence[int] | RecordingError | None,
+        content: NDArray[np.int64],
+        step: int,
+        part: str | None,
     ) -> NDArray[np.int64]:
         """The ids of a call's rows: those given, or their content's number.
 
         Raises:
-            RecordingError: some batches are named and others not, there is not one id per row, or ids that were given
-                by hand once are those of two different batches.
+            RecordingError: it is not known which batch it is; some batches are named and others not; there is not one
+                id per row; or ids that were given by hand once are those of two different batches.
         """
+        if isinstance(given, RecordingError):
+            raise given
         if self._ever is None:
             self._ever = given is not None
         elif self._ever != (given is not None):
@@ -120,3 +168,16 @@ class ExampleNames:
                     )
             self._used_by_hand.append((given, part, content))
         return np.array(given, dtype=np.int64)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() or torch.equal(one, other)
+
+
+def _same_rows(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape have the same rows in any order."""
+    if not torch.isclose(one.double().sum(), other.double().sum()):  # spares the rows of most batches the comparison
+        return False
+    flat = (tensor.contiguous().reshape(len(tensor), -1).view(torch.uint8).numpy() for tensor in (one, other))
+    first, second = (sorted(row.tobytes() for row in rows) for rows in flat)
+    return first == second

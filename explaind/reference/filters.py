@@ -48,10 +48,19 @@ class History:
     Args:
         run: the run.
         parameter: number of the parameter tensor.
+
+    Raises:
+        ValueError: the optimizer had been at work before the recording, so its moments do not follow from it.
     """
 
     def __init__(self, run: Run, parameter: int) -> None:
         name, group = run.table[parameter].name, run.table[parameter].group
+        start = run.state(0)[name]
+        if float(start.get("step", 0.0)) or "momentum_buffer" in start:
+            raise ValueError(
+                f"the optimizer had moved '{name}' before the recording began. The reference follows its moments from "
+                "zero: record from the first step on."
+            )
         self._optimizer = run.group_optimizers[group].rpartition(".")[2]
         self.updates: dict[int, Update] = {}
         """By step."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from explaind.calls import CallKind, named_tensors, rebuild
 from explaind.errors import RecordingError
@@ -28,6 +29,7 @@ __all__ = [
     "vectorizable",
 ]
 
+_CONVERSIONS = {torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16}
 _NO_CHECKPOINTS = (
     "the model computes activations again in the backward pass (torch.utils.checkpoint), or hooks into saved tensors "
     "otherwise. Open the run with a model that has this switched off: what it computes is the same."
@@ -119,13 +121,45 @@ def call_function(
         RecordingError: it would be computed again in the backward pass, when the model has its own tensors back.
     """
     renamed = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    own = {parameter.dtype for parameter in model.parameters()}
+    used = max((t.dtype for t in tensors.values() if t.is_floating_point()), key=lambda t: t.itemsize, default=None)
+    widened = _Widened(used) if used is not None and used not in own else nullcontext()
     try:
-        with torch.autograd.graph.disable_saved_tensors_hooks(_NO_CHECKPOINTS):
+        with torch.autograd.graph.disable_saved_tensors_hooks(_NO_CHECKPOINTS), widened:
             return functional_call(_Through(model, function), renamed, args, dict(kwargs))
     except RuntimeError as error:
         if str(error) == _NO_CHECKPOINTS:
             raise RecordingError(_NO_CHECKPOINTS) from None
         raise
+
+
+class _Widened(TorchFunctionMode):
+    """Conversions to narrower floating-point types, as in `x.float() / 255`, convert to the type of the computation."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+        self._default = torch.get_default_dtype()
+
+    def __enter__(self) -> Self:
+        torch.set_default_dtype(self._dtype)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        torch.set_default_dtype(self._default)
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function in _CONVERSIONS:
+            return args[0].to(self._dtype)
+        return function(*map(self._widen, args), **{name: self._widen(arg) for name, arg in (kwargs or {}).items()})
+
+    def _widen(self, argument: Any) -> Any:
+        narrow = isinstance(argument, torch.dtype) and argument.is_floating_point
+        return self._dtype if narrow and argument.itemsize < self._dtype.itemsize else argument
 
 
 def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
