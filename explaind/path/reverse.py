@@ -25,7 +25,7 @@ __all__ = ["ReverseSweep"]
 
 _SUMMED_UNITS = 1024
 """Rounding of a usual sum over examples, in units of its absolute sum."""
-_LARGEST_LOSS = {torch.float64: 1e-7, torch.float32: 1e-2}
+_LARGEST_LOSS = {torch.float64: 1e-5, torch.float32: 1e-2}
 """Of the absolute sum: more is no rounding, not even of layers that magnify it by normalising nearly equal rows."""
 _CANCELLED_UNITS = 256
 """Rounding of the entries of a product that cancel, in units of their size: that of a few layers' backward pass."""
