@@ -43,6 +43,8 @@ class RecordedCall:
     """`module.training` of every module."""
     rng_state: NDArray[np.uint8]
     """Random number generators just before it."""
+    reached: frozenset[str]
+    """Names of the parameters whose gradients the cotangents entered, all but those that were frozen in that pass."""
     fixed_version: int
     """Version of the buffers and frozen parameters just before it."""
     output_fingerprint: NDArray[np.float64]
@@ -259,9 +261,16 @@ class Record:
             rows=slice(start, stop),
             training=self._store.read("training", index, index + 1)[0],
             rng_state=self._store.read("rng_state", index, index + 1)[0],
+            reached=self._call_reached(index),
             fixed_version=self._call_fixed(index),
             output_fingerprint=self._store.read("output_fingerprint", index, index + 1)[0],
         )
+
+    def _call_reached(self, index: int) -> frozenset[str]:
+        if not self._store.has("call_reached"):
+            return frozenset(self.table.names)
+        reached = self._store.read("call_reached", index, index + 1)[0]
+        return frozenset(name for name, entered in zip(self.table.names, reached, strict=True) if entered)
 
     def _call_fixed(self, index: int) -> int:
         if self._store.has("call_fixed"):

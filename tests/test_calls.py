@@ -14,6 +14,7 @@ from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader
 
 import explaind
+import explaind.reference
 from explaind.calls import map_tensors, named_tensors, rebuild, take_apart
 from explaind.errors import RecordingError
 from tests.cases import data, mlp
@@ -459,3 +460,40 @@ def test_what_no_example_accounts_for_is_warned_about(tmp_path):
     with pytest.warns(explaind.errors.UnattributedWarning, match=r"% of the path is in the term 'other'"):
         closure = result.check()
     assert closure.other > 1e-3
+
+
+# ---------------------------------------------------------------------- parameters that a backward pass leaves out
+
+
+def frozen_for_one_loss(model, optimizer, recorder):
+    """As a generator's loss that must not move the critic, which is in the same optimizer."""
+    for x, y in batches(recorder):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        model[2].requires_grad_(False)
+        model(x).square().mean().backward()
+        model[2].requires_grad_(True)
+        optimizer.step()
+
+
+def into_some_only(model, optimizer, recorder):
+    for x, y in batches(recorder):
+        optimizer.zero_grad()
+        output = model(x)
+        F.cross_entropy(output, y).backward(retain_graph=True)
+        output.square().mean().backward(inputs=[model[0].weight])
+        optimizer.step()
+
+
+@pytest.mark.parametrize("storage", ["replayed", "stored"])
+@pytest.mark.parametrize("loop", [frozen_for_one_loss, into_some_only])
+def test_what_a_backward_pass_leaves_out_is_not_credited(loop, storage, tmp_path):
+    run, _ = recorded(tmp_path / "run.zarr", mlp, loop, example_grads=storage)
+    assert run.verify().exact_updates == run.num_steps
+    query = explaind.Query(FEATURES[:2], output=explaind.outputs.logit([0, 1]))
+    nodes = explaind.quadrature.gauss_legendre(4)
+    expected = explaind.reference.decompose(run, query, num_nodes=4).contribution.sum("token")
+    for axis, other in (("step", "update_step"), ("update_step", "step")):
+        result = run.attribute(query, by=("query", "example", axis, "parameter"), quadrature=nodes)
+        assert float(np.abs(result.dataset.other).sum()) < 1e-12
+        np.testing.assert_allclose(result.dataset.contribution, expected.sum(other), rtol=1e-9, atol=1e-13)

@@ -38,6 +38,7 @@ def call_replay(run: Run, step: int, call: RecordedCall, *, dtype: torch.dtype, 
         model=run.model,
         forward=run_forward(run, call),
         params=run.table.unflatten(run.flat_params(step).to(device=device, dtype=dtype)),
+        reached=call.reached,
         fixed=cast(run.fixed_version(call.fixed_version), dtype, device),
         inputs=cast(call.inputs, dtype, device),
         output_grads=cast(call.output_grads, dtype, device),
@@ -76,7 +77,8 @@ def batch_gradient(
         forward = run_forward(run, call)
         with modes(run.model, call.training.tolist()), restored_rng(call.rng_state, device), torch.enable_grad():
             with _autocast(call, device if dtype is None else None):
-                tensors = load(run.fixed_version(call.fixed_version)) | params
+                reachable = {n: p if n in call.reached else p.detach() for n, p in params.items()}
+                tensors = load(run.fixed_version(call.fixed_version)) | reachable
                 output = forward.raw(tensors, load(call.inputs))
                 if dtype is None and call.kind.part is not None:
                     _check_output(step, call, output)

@@ -139,15 +139,16 @@ def choose_products(run: Run, *, dtype: torch.dtype, device: torch.device) -> Gr
 
     Where torch cannot differentiate a layer's backward pass, that of EmbeddingBag for instance, it is gradients again.
     """
-    if run.stores_example_grads or rows_are_separate(run, dtype=dtype, device=device):
-        return GradientProducts(run, dtype=dtype, device=device, separate=True)
+    gradients = choose_gradients(run, dtype=dtype, device=device)
+    if gradients.name != "rows of the batch":
+        return gradients
     tangents = TangentProducts(run, dtype=dtype, device=device)
     nothing = torch.zeros(1, run.table.num_elements, device=device)
     try:
         for step, number in run.call_samples():
             tangents.products(step, run.calls(step)[number], torch.tensor([0]), nothing, [[slice(None)]])
     except NotImplementedError:
-        return GradientProducts(run, dtype=dtype, device=device, separate=False)
+        return gradients
     return tangents
 
 

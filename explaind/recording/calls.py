@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -43,8 +43,13 @@ class CallRows:
         self._kinds: dict[Any, int] = {}
         self._descriptions: list[dict[str, Any]] = []
 
-    def hold(self, call: ForwardCall, step: int) -> None:
+    def hold(self, call: ForwardCall, step: int, parameters: Sequence[str]) -> None:
         """Write down a call that a step's gradient came through.
+
+        Args:
+            call: the call.
+            step: the step.
+            parameters: names of the recorded parameters.
 
         Raises:
             RecordingError: it was made with the parameters of an earlier step, or its examples are not known.
@@ -79,6 +84,8 @@ class CallRows:
         self._hold_one("call_step", np.int64(step), ("call",))
         self._hold_one("call_rows", np.int64(len(index)), ("call",))
         self._hold_one("call_kind", np.int64(kind), ("call",))
+        reached = [call.reached is None or name in call.reached for name in parameters]
+        self._hold_one("call_reached", np.array(reached), ("call", "parameter"))
         self._hold_one("call_fixed", np.int64(call.fixed_version), ("call",))
         self._hold_one("output_fingerprint", call.output_fingerprint.cpu().numpy(), ("call", "statistic"))
         self._hold_one("training", call.training, ("call", "module"))

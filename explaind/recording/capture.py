@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,8 @@ class ForwardCall:
     """Norm and sum of its output, `[2]`: tells whether a replay is of the same model."""
     example_ids: Sequence[int] | RecordingError | None
     """Names given to its rows by the user, if any, or why they are not known."""
+    reached: frozenset[str] | None = None
+    """Names of the parameters whose gradients it entered; None if all that it depends on."""
     output_grads: dict[str, Tensor] = field(default_factory=dict)
     """∂L/∂f of each output tensor that the loss depends on, summed over the backward passes that made the step's
     gradient, `[row, …]`; empty before the step, and with an objective."""
@@ -119,7 +122,7 @@ class CallCapture:
         self._fixed_version = fixed_version
         self._gradients_cleared = gradients_cleared
         self._passes: dict[int, dict[ForwardCall, dict[str, Tensor]]] = {}
-        self._arrived: set[int] = set()
+        self._reached: defaultdict[int, set[str]] = defaultdict(set)
         self._watching = True
         self._beginnings: list[_Beginning] = []
         self._batch: tuple[Any, ForwardCall] | None = None
@@ -143,21 +146,23 @@ class CallCapture:
         """The calls whose cotangents are in the parameters' gradients, in the order in which those came."""
         # A pass that reached no parameter's .grad only looked (torch.autograd.grad), unless none did: then the
         # gradients were put there by hand.
-        counted = [task for task in self._passes if task in self._arrived] or list(self._passes)
-        calls: list[ForwardCall] = []
+        counted = [task for task in self._passes if task in self._reached] or list(self._passes)
+        # Parameters may be frozen for one pass and not for another: then a call is one with either.
+        calls: dict[tuple[ForwardCall, frozenset[str] | None], ForwardCall] = {}
         for task in counted:
+            reached = frozenset(self._reached[task]) if task in self._reached else None
             for call, grads in self._passes[task].items():
-                if call not in calls:
-                    calls.append(call)
+                part = calls.setdefault((call, reached), replace(call, output_grads={}, reached=reached))
                 for name, grad in grads.items():
-                    known = call.output_grads.get(name)
-                    call.output_grads[name] = grad if known is None else known + grad
-        self._passes, self._arrived, self._batch = {}, set(), None
-        return calls
+                    known = part.output_grads.get(name)
+                    part.output_grads[name] = grad if known is None else known + grad
+        self._passes, self._batch = {}, None
+        self._reached.clear()
+        return list(calls.values())
 
-    def settle(self) -> None:
-        """Called when a parameter's gradient has come in: the present backward pass counts."""
-        self._arrived.add(_backward_pass())
+    def settle(self, name: str) -> None:
+        """Called when a parameter's gradient has come in: the present backward pass counts, and reached it."""
+        self._reached[_backward_pass()].add(name)
 
     def _watch(self, name: str, module: nn.Module) -> list[Any]:
         """See the calls of a module; returns handles whose `remove()` ends that."""
@@ -272,10 +277,10 @@ class CallCapture:
     def _pass(self) -> dict[ForwardCall, dict[str, Tensor]]:
         """What the present backward pass has brought so far."""
         task = _backward_pass()
-        if task not in self._passes and self._arrived and self._gradients_cleared():
+        if task not in self._passes and self._reached and self._gradients_cleared():
             # zero_grad() was called since: what came before is in no gradient any more.
-            self._passes = {known: calls for known, calls in self._passes.items() if known not in self._arrived}
-            self._arrived.clear()
+            self._passes = {known: calls for known, calls in self._passes.items() if known not in self._reached}
+            self._reached.clear()
         return self._passes.setdefault(task, {})
 
 

@@ -64,7 +64,7 @@ def trace(
         A context manager; `recorder.batches(loader)` and `recorder.examples(ids)` name the examples.
 
     Raises:
-        TypeError: `model` or `optimizer` is not one module, one optimizer.
+        TypeError: `model` is no module, or `optimizer` is no optimizer, nor several; or they cannot be traced.
         ValueError: the optimizer's parameters are not those of the model.
         StoreExistsError: something is at `store` already.
 
@@ -253,7 +253,7 @@ class Recorder:
 
     def _note_arrival(self, name: str) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
-            self._capture.settle()
+            self._capture.settle(name)
             self._arrivals.note(name, parameter)
 
         return hook

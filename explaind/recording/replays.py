@@ -100,6 +100,7 @@ class StepReplays:
         return Replay(
             model=self._model,
             forward=Forward(self._model, call.kind, self._objective),
+            reached=self._table.names if call.reached is None else call.reached,
             params=cast({name: parameter.detach() for name, parameter in self._tracked.items()}, dtype, device),
             fixed=cast(self._fixed_tensors(call.fixed_version), dtype, device),
             inputs=cast({name: torch.from_numpy(rows) for name, rows in call.inputs.items()}, dtype, device),

@@ -138,7 +138,7 @@ class StepRows:
     def add_calls(self, calls: Sequence[ForwardCall]) -> None:
         """Take down the forward calls that the step's gradient came through."""
         for call in calls:
-            self._calls.hold(call, self.num_steps)
+            self._calls.hold(call, self.num_steps, self._table.names)
 
     def add_gradients(
         self, gradients: Mapping[str, Tensor | None], rescaling: Mapping[str, tuple[float, float]]

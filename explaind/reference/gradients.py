@@ -79,7 +79,8 @@ def row_gradients(
     for row in range(len(call.examples)):
         for token in range(num_tokens):
             own = [(product[row, token] if by_token else product[row]).sum() for product in products]
-            yield row, token, gradients(torch.stack(own).sum(), model, run.table.names)
+            found = gradients(torch.stack(own).sum(), model, run.table.names)
+            yield row, token, {name: g if name in call.reached else 0 * g for name, g in found.items()}
 
 
 def average_query_gradient(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -34,6 +34,8 @@ class Replay:
     """The call as a function."""
     params: Mapping[str, Tensor]
     """The parameters θ to differentiate by."""
+    reached: Collection[str]
+    """Names of those whose gradients the cotangents entered; the others' are zero."""
     fixed: Mapping[str, Tensor]
     """The model's other tensors, as they were before the call."""
     inputs: Mapping[str, Tensor]
@@ -60,7 +62,10 @@ class Replay:
     def outputs(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """f(x; θ) of the whole batch, to be called under `conditions`; buffers that it changes are copies."""
         copies = {name: tensor.clone() for name, tensor in self.fixed.items()}
-        return self.forward({**copies, **params}, self.inputs)
+        return self.forward({**copies, **self._reachable(params)}, self.inputs)
+
+    def _reachable(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor if name in self.reached else tensor.detach() for name, tensor in params.items()}
 
     def summed(self) -> dict[str, Tensor]:
         """Σ_k g_k, `{name: [*shape]}`."""
@@ -79,7 +84,7 @@ class Replay:
 
         def scalar(params: dict[str, Tensor], row: dict[str, Tensor], cotangents: dict[str, Tensor]) -> Tensor:
             batch = {name: value.unsqueeze(0) for name, value in row.items()}
-            outputs = self.forward({**copies, **params}, batch)
+            outputs = self.forward({**copies, **self._reachable(params)}, batch)
             return self.forward.scalar({name: tensor.squeeze(0) for name, tensor in outputs.items()}, cotangents)
 
         copies = {name: tensor.clone() for name, tensor in self.fixed.items()}
@@ -131,7 +136,7 @@ class Replay:
         """Whether the gradients of rows on their own sum to that of the batch."""
         try:
             rows = self.separate_rows(torch.arange(self.num_rows))
-        except ExplaindError:
+        except (ExplaindError, torch.OutOfMemoryError):
             raise
         except (RuntimeError, ValueError):
             return False  # how vmap and batch layers say that a row cannot be evaluated alone

@@ -1,5 +1,7 @@
 """Training loops as users write them, with `explaind.trace` around them and nothing else changed."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -136,6 +138,20 @@ def changed_output(**options):
             output /= 0.5
             output[:, 0] -= 1
             F.cross_entropy(output, y).backward()
+            optimizer.step()
+    return Traced(recorder.path, model, query())
+
+
+@LOOPS.row("batches fetched ahead, for accumulation")
+def fetched_ahead(**options):
+    model = mlp()
+    optimizer = SGD(model.parameters(), lr=0.2, momentum=0.9)
+    with explaind.trace(model, optimizer, **options) as recorder:
+        batches = recorder.batches(loader(2))
+        while micro_batches := list(itertools.islice(batches, 3)):
+            optimizer.zero_grad()
+            for x, y in micro_batches:
+                (F.cross_entropy(model(x), y) / len(micro_batches)).backward()
             optimizer.step()
     return Traced(recorder.path, model, query())
 
@@ -504,6 +520,21 @@ def groups_midway(**options):
             if epoch == 0:
                 model[0].requires_grad_(True)
                 optimizer.add_param_group({"params": model[0].parameters(), "lr": 0.05})
+    return Traced(recorder.path, model, query())
+
+
+@LOOPS.row("a layer frozen for one of two losses")
+def frozen_for_one_loss(**options):
+    model = mlp()
+    optimizer = AdamW(model.parameters(), lr=0.05)
+    with explaind.trace(model, optimizer, **options) as recorder:
+        for x, y in recorder.batches(loader()):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            model[2].requires_grad_(False)
+            model(x).square().mean().backward()
+            model[2].requires_grad_(True)
+            optimizer.step()
     return Traced(recorder.path, model, query())
 
 
