@@ -518,6 +518,7 @@ def test_the_documented_rule_of_lion_is_short_and_exact(documented, tmp_path, mo
     assert max(errors_of_the_twin(run)) <= 1e-12
 
 
+@pytest.mark.filterwarnings("ignore::explaind.errors.UnattributedWarning")
 def test_a_wrong_rule_shows_in_other(documented, tmp_path):
     class Wrong(documented["LionRule"]):
         def filter(self, step):
