@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn, optim
 from torch.nn.utils.parametrizations import weight_norm
@@ -273,11 +273,6 @@ def few_numbers(name, loop):
     return name in ("residual", "convolution") and loop.clip == "each norm"
 
 
-def degenerate(name, loop):
-    """Batches that BatchNorm maps to a constant whatever its input: their gradients are zero, and rounding."""
-    return name == "batchnorm" and any(len(set(rows)) < max(3, len(rows)) for step in loop.steps for rows in step)
-
-
 @contextlib.contextmanager
 def expected(foreign):
     """What a penalty or noise adds is warned about."""
@@ -330,7 +325,6 @@ def check_order(run, name, choice, loop, shuffled):
     seed=st.integers(0, 1 << 16),
 )
 def test_every_run_closes_whatever_the_order_of_rows(name, choice, loop, dtype, storage, seed):
-    assume(not degenerate(name, loop))
     with tempfile.TemporaryDirectory() as directory:
         run, model = recorded(directory, name, choice, loop, dtype, example_grads=storage)
         check_closure(run, model, name, choice, loop, dtype)

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.optim import SGD
+from torch.optim import SGD, Adamax, Rprop
 
 import explaind
 from explaind.errors import VerificationError
@@ -66,3 +67,28 @@ def test_rows_that_are_coupled_in_later_steps_only_are_found(step_axis, dtype, t
     query = explaind.Query(inputs, output=explaind.outputs.logit([0, 1]))
     with pytest.raises(VerificationError, match=r"the examples' parts of step [12] do not sum to its gradient"):
         run.attribute(query, by=("query", "example", step_axis), dtype=dtype)
+
+
+def normalised():
+    torch.manual_seed(3)
+    layers = (nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))
+    return nn.Sequential(*layers).double()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("make", [Adamax, Rprop])
+def test_a_batch_that_its_normalisation_makes_constant_raises_no_alarm(make, dtype, tmp_path):
+    """The first layer's gradient is zero but for rounding, which these optimizers magnify to a whole step."""
+    rows = [4, 4, 4]
+    features, labels = data().tensors
+    model = normalised()
+    optimizer = make(model.parameters(), lr=0.02)
+    with explaind.trace(model, optimizer, tmp_path / "run.zarr") as recorder:
+        for _ in range(3):
+            recorder.examples(rows)
+            optimizer.zero_grad()
+            F.cross_entropy(model(features[rows]), labels[rows]).backward()
+            optimizer.step()
+    run = explaind.open_run(tmp_path / "run.zarr", model=normalised())
+    query = explaind.Query(features[:2], output=explaind.outputs.log_prob([0, 1]))
+    run.attribute(query, by=("query", "example", "step"), dtype=dtype).check()

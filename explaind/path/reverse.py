@@ -29,6 +29,8 @@ _LARGEST_LOSS = {torch.float64: 1e-5, torch.float32: 1e-3}
 """Of the absolute sum: more is no rounding, not even of layers that magnify it by normalising nearly equal rows."""
 _CANCELLED_UNITS = 256
 """Rounding of the entries of a product that cancel, in units of their size: that of a few layers' backward pass."""
+_VANISHED_UNITS = 1 << 14
+"""Rounding of a gradient that is zero in exact numbers, in units of the largest: layers that normalise magnify it."""
 
 
 class ReverseSweep:
@@ -157,9 +159,14 @@ def check_example_sum(
     cancelled = _CANCELLED_UNITS * unit * size + 1e-300
     if bool((lost.sum(dim=1).abs() <= _SUMMED_UNITS * max(unit, trained) * total + cancelled).all()):
         return
-    # Gradients of nearly fitted examples are rounded coarsely in float32: only float64 can tell.
-    correction = dot(weights, step.exact_example_gradient_sum - step.replayed_gradient, slices)
-    missing = (lost - correction).sum(dim=1).abs()
+    # Gradients of nearly fitted examples are rounded coarsely in float32: their parts may be nearer to the exact sum.
+    exact = step.exact_example_gradient_sum
+    correction = dot(weights, exact - step.replayed_gradient, slices)
+    missing = torch.minimum(lost.sum(dim=1).abs(), (lost - correction).sum(dim=1).abs())
+    # Gradients of a batch that a normalisation maps to a constant are nothing but rounding, whatever they weigh.
+    largest, noise = exact.abs().max(), _VANISHED_UNITS * unit
+    vanished = (exact.abs() <= _VANISHED_UNITS * torch.finfo(torch.float64).eps * largest) & (exact != 0)
+    cancelled += noise * largest * dot(weights.abs(), vanished.to(weights.dtype), slices).sum(dim=1)
     if not bool((missing <= _LARGEST_LOSS.get(dtype, 1e-3) * total + cancelled).all()):
         raise VerificationError(
             f"the examples' parts of step {step.index} do not sum to its gradient (off by "
