@@ -25,6 +25,8 @@ __all__ = ["Rescaling", "find_rescaling"]
 _ROUNDING_UNITS = 4
 _DIFFERENT = 1.01
 """Entries of one size can be one number, seen twice: a loss with two outputs gives (a, −a). A penalty on it is, too."""
+_DIFFERENT_CLIPPED = 1.001
+"""Entries that differ a little and then have bitwise one size: only a bound does that."""
 _ENOUGH_BITS = 18
 """Digits in which the entries must agree beyond those that fix s and c; noise of 8 times the rounding spoils one."""
 
@@ -159,10 +161,11 @@ class _Entries:
             key=lambda scale: int(((scale * g).to(self.dtype) == total).sum()),
         )
 
-    def _bear_out(self, *parts: Tensor) -> bool:
+    def _bear_out(self, scaled: Tensor, clipped: Tensor | None = None) -> bool:
         """Whether parts of the entries, each of which fixes a number, have enough others, and of different sizes."""
-        sizes = [self.before[part & (self.before != 0)].abs() for part in parts]
-        sizes = [own for own in sizes if len(own)]
-        differ = any(bool(own.max() > _DIFFERENT * own.min()) for own in sizes)
+        parts = [(scaled, _DIFFERENT)] + ([] if clipped is None else [(clipped, _DIFFERENT_CLIPPED)])
+        sizes = [(self.before[part & (self.before != 0)].abs(), least) for part, least in parts]
+        sizes = [(own, least) for own, least in sizes if len(own)]
+        differ = any(bool(own.max() > least * own.min()) for own, least in sizes)
         bits = -math.log2(8 * float(self.unit.max()))
-        return differ and sum(len(own) - 1 for own in sizes) * bits >= _ENOUGH_BITS
+        return differ and sum(len(own) - 1 for own, _ in sizes) * bits >= _ENOUGH_BITS
