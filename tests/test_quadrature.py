@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from explaind import quadrature
-from explaind.path.kinks import average_slopes, averaged, watched
 from tests.cases import CASES, Case, one_group, query, record
 
 ADAMW = next(case for case in CASES if case.name == "adamw-full-batch-shuffled")
@@ -81,28 +80,6 @@ def test_easy_queries_get_no_extra_nodes():
 def test_rules_need_a_node():
     with pytest.raises(ValueError, match="at least one node, got 0"):
         quadrature.midpoint(0)
-
-
-def test_average_slope_is_the_part_of_the_way_that_a_relu_is_on():
-    before = [torch.tensor([1.0, -1.0, -1.0, 3.0, 0.0])]
-    after = [torch.tensor([2.0, -2.0, 3.0, -1.0, 0.0])]
-    torch.testing.assert_close(average_slopes(before, after)[0], torch.tensor([1.0, 0.0, 0.75, 0.75, 0.0]))
-
-
-def test_averaged_relus_keep_their_value_and_change_their_slope():
-    x = torch.tensor([1.0, -1.0], requires_grad=True)
-    with averaged([torch.tensor([0.25, 0.5])]):
-        y = nn.ReLU()(x)
-    y.sum().backward()
-    assert y.tolist() == [1.0, 0.0]
-    assert x.grad.tolist() == [0.25, 0.5]
-
-
-@pytest.mark.parametrize("relu", [torch.relu, torch.Tensor.relu, nn.functional.relu, nn.ReLU()])
-def test_every_form_of_relu_is_seen(relu):
-    with watched() as seen:
-        relu(torch.tensor([1.0]))
-    assert len(seen) == 1
 
 
 def total_residual(run, rule, **options):

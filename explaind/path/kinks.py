@@ -1,76 +1,116 @@
-"""Average slopes of ReLUs over a sub-interval of an optimizer step, in place of their slopes at one node.
+"""Average slopes of kinked functions over a sub-interval of an optimizer step, in place of their slopes at one node.
 
 A gradient at one node sees every ReLU either on or off. Over a sub-interval in which a pre-activation goes from
-z_a to z_b, the ReLU is on for a part of the way; if z moves straight, that part is
-    m = (relu(z_a) + relu(z_b)) / (|z_a| + |z_b|),
-which is 1 or 0 where z keeps its sign. With m as the derivative, the quadrature error of a sub-interval with
-kinks is of second order in its length instead of first. The model's values are not touched.
+z_a to z_b, the ReLU is on for a part of the way, and so it is with every function that has kinks (`slopes` tells
+which, and their averages). With average slopes the quadrature error of a sub-interval with kinks is of second order
+in its length instead of first. The model's values are not touched, and neither are smooth functions.
+
+Kinks that no function of torch has by its name, as in `torch.where(z > 0, z, 0)` or inside of `nn.RNN`, keep the
+slopes of the node.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["average_slopes", "averaged", "watched"]
+from explaind.path.slopes import KINKED, Kinked
 
-_RELUS = {torch.relu, torch.Tensor.relu, F.relu}
-_IN_PLACE_RELUS = {torch.relu_, torch.Tensor.relu_, F.relu_}
+__all__ = ["averaged", "watched"]
+
+_NAMES = {"axis": "dim", "keepdims": "keepdim"}
+"""NumPy's names of arguments, which torch knows too."""
 
 
 class _Intercept(TorchFunctionMode):
-    """Hands the argument of every ReLU to a function and takes its result for the ReLU's."""
+    """Computes calls of kinked functions by `evaluate(name, call, kinked)`."""
 
-    def __init__(self, replacement: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, evaluate: Callable[[str, Callable[[], Any], Kinked], Any]) -> None:
         super().__init__()
-        self._replacement = replacement
+        self._evaluate = evaluate
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        arguments = kwargs or {}
-        if function not in _RELUS | _IN_PLACE_RELUS:
-            return function(*args, **arguments)
-        z = args[0] if args else arguments["input"]
-        in_place = function in _IN_PLACE_RELUS or arguments.get("inplace", len(args) > 1 and args[1])
-        return z.copy_(self._replacement(z.clone())) if in_place else self._replacement(z)
+        named = kwargs or {}
+        # torch.relu, Tensor.relu, F.relu and relu_ are all one function; F.threshold is called _threshold.
+        name = getattr(function, "__name__", "").strip("_")
+        z = args[0] if args else named.get("input")
+        if name not in KINKED or not isinstance(z, Tensor) or not z.is_floating_point() or "out" in named:
+            return function(*args, **named)
+        others = {_NAMES.get(key, key): value for key, value in named.items() if key not in ("input", "inplace")}
+        kinked = KINKED[name](z, *args[1:], **others)
+        if kinked is None:
+            return function(*args, **named)
+        return self._evaluate(name, lambda: function(*args, **named), kinked)
 
 
 @contextmanager
-def watched() -> Iterator[list[Tensor]]:
-    """Collect the argument of every ReLU that is computed in the block."""
-    seen: list[Tensor] = []
+def watched() -> Iterator[dict[str, Tensor]]:
+    """Collect the arguments of the kinked functions that are computed in the block.
 
-    def note(z: Tensor) -> Tensor:
-        seen.append(z)
-        return torch.relu(z)
+    Yields:
+        The arguments by place and function, as in `"0 relu"`: a dict of tensors that vmap can return and take.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def note(name: str, call: Callable[[], Any], kinked: Kinked) -> Any:
+        # A copy, as the model may go on to change its own in place.
+        seen[f"{len(seen)} {name}"] = kinked.argument.detach().clone()
+        return call()
 
     with _Intercept(note):
         yield seen
 
 
-def average_slopes(before: list[Tensor], after: list[Tensor]) -> list[Tensor]:
-    """M of every ReLU, from its arguments at both ends of a sub-interval."""
-    return [
-        (torch.relu(a) + torch.relu(b)) / (a.abs() + b.abs()).clamp_min(torch.finfo(a.dtype).tiny)
-        for a, b in zip(before, after, strict=True)
-    ]
-
-
 @contextmanager
-def averaged(slopes: list[Tensor]) -> Iterator[None]:
-    """Differentiate the ReLUs of the block, in their order, with these slopes."""
-    remaining = iter(slopes)
+def averaged(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Iterator[None]:
+    """Differentiate the kinked functions of the block by their average slopes over a sub-interval.
 
-    def replace(z: Tensor) -> Tensor:
-        line = z * next(remaining)
-        return torch.relu(z).detach() + (line - line.detach())
+    Args:
+        before: what `watched` collected at one end of the sub-interval.
+        after: the same at the other end.
+
+    Raises:
+        ValueError: the block does not compute the functions that were computed at both ends.
+    """
+    if list(before) != list(after):
+        raise _differing(", ".join(before) or "nothing", ", ".join(after) or "nothing")
+    place = 0
+
+    def replace(name: str, call: Callable[[], Any], kinked: Kinked) -> Any:
+        nonlocal place
+        key, shape = f"{place} {name}", kinked.argument.shape
+        if key not in before:
+            raise _differing(", ".join(before) or "nothing", key)
+        if not before[key].shape == after[key].shape == shape:
+            raise _differing(f"{key} of {tuple(before[key].shape)} and {tuple(after[key].shape)}", f"{tuple(shape)}")
+        place += 1
+        line = kinked.line(before[key], after[key])
+        with torch.no_grad():
+            output = call()
+        values, *indices = output if isinstance(output, tuple) else (output,)
+        # Unlike values + (line − line.detach()), writing the values over the line's is right for infinite ones too.
+        result = line.reshape(values.shape)
+        result.detach().copy_(values.detach())
+        if values is kinked.argument:  # computed in place
+            return values.copy_(result)
+        return type(output)((result, *indices)) if isinstance(output, tuple) else result
 
     with _Intercept(replace):
         yield
+    if place < len(before):
+        raise _differing(", ".join(before), f"only the first {place}")
+
+
+def _differing(expected: str, found: str) -> ValueError:
+    return ValueError(
+        "slopes can be averaged over a part of a step only where the model computes the same kinked functions, with "
+        f"arguments of the same shapes, all along it; it computed {expected} at one point and {found} at another. "
+        "Take a fixed rule, such as quadrature=explaind.quadrature.gauss_legendre(3), which averages no slopes."
+    )

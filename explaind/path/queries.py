@@ -12,7 +12,7 @@ from torch.func import grad, vmap
 
 from explaind.calls import rebuild, tensor_names
 from explaind.outputs import Output
-from explaind.path.kinks import average_slopes, averaged, watched
+from explaind.path.kinks import averaged, watched
 from explaind.query import Query
 from explaind.replay.model import call_function, cast, modes, vectorizable
 from explaind.run import Run
@@ -195,7 +195,7 @@ class QueryFunction:
             with watched() as arguments:
                 call(end)
             seen.append(arguments)
-        with averaged(average_slopes(*seen)):
+        with averaged(*seen):
             return call(tensors)
 
     def _per_query(self, function: Callable[..., Any], params: list[Tensor], which: Tensor, dtype: torch.dtype) -> Any:
