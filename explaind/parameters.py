@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
 __all__ = ["Parameter", "ParameterTable"]
+
+_DEVICE = attrgetter("device")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +49,10 @@ class ParameterTable(Sequence[Parameter]):
         self._parameters = tuple(parameters)
         self.names = tuple(parameter.name for parameter in self._parameters)
         self.num_elements = sum(parameter.num_elements for parameter in self._parameters)
+        self._zeros = {p.name: torch.zeros(()).expand(p.num_elements) for p in self._parameters}
+        wide = any(parameter.dtype == torch.float64 for parameter in self._parameters)
+        self.dtype = torch.float64 if wide else torch.float32
+        """The type that holds every parameter exactly: float64 if any is float64, else float32."""
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], groups: Mapping[str, int]) -> ParameterTable:
@@ -63,20 +71,14 @@ class ParameterTable(Sequence[Parameter]):
             offset += tensor.numel()
         return cls(parameters)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type that holds every parameter exactly: float64 if any is float64, else float32."""
-        wide = any(parameter.dtype == torch.float64 for parameter in self._parameters)
-        return torch.float64 if wide else torch.float32
-
     def flatten(self, tensors: Mapping[str, Tensor | None], dtype: torch.dtype | None = None) -> Tensor:
-        """Concatenate named tensors `[*shape]` to one vector `[element]`; a missing or None tensor is zero."""
-        flat = torch.zeros(self.num_elements, dtype=dtype or self.dtype)
-        for parameter in self._parameters:
-            tensor = tensors.get(parameter.name)
-            if tensor is not None:
-                flat[parameter.slice] = tensor.detach().reshape(-1).to(flat)
-        return flat
+        """Copy named tensors `[*shape]` to one vector `[element]` on the host; a missing or None one is zero."""
+        parts = [zero if (part := tensors.get(name)) is None else part for name, zero in self._zeros.items()]
+        if len(parts) == 1 or len(set(map(_DEVICE, parts))) > 1:  # of one tensor, torch would make a view
+            parts = [part.detach().to("cpu", copy=True) for part in parts]
+        with torch.no_grad():
+            flat: Tensor = _flatten_dense_tensors(parts)
+        return flat.to(device="cpu", dtype=dtype or self.dtype)
 
     def flatten_rows(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Concatenate named tensors `[row, *shape]` to one matrix `[row, element]`."""

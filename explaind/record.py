@@ -79,7 +79,7 @@ class Record:
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise DamagedStoreError(f"the attributes of {path} are incomplete: {error!r}") from error
         self.path = path
-        self.num_steps = min(self._store.length("step"), self._store.length("snapshot") - 1)
+        self.num_steps = self._store.commit.num_steps
         """S, the number of whole steps; parameters exist for steps 0 … S."""
         if self.num_steps < 1:
             reason = (

@@ -8,13 +8,9 @@ file. A reader believes only that file, so it sees a prefix of whole steps whene
 
 from __future__ import annotations
 
-import errno
 import itertools
 import json
-import shutil
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,22 +18,18 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import BloscCodec, Crc32cCodec, TransposeCodec
 
-from explaind.errors import DamagedStoreError, RecordingError, StoreExistsError, StoreFormatError
+from explaind.errors import DamagedStoreError, StoreExistsError, StoreFormatError
 
-__all__ = ["FORMAT_VERSION", "Commit", "StoreReader", "StoreWriter", "check_free", "free_path"]
+__all__ = ["COMMIT_FILE", "FORMAT_VERSION", "Commit", "StoreReader", "aside", "check_free", "free_path", "is_published"]
 
 FORMAT_VERSION = 2
 _READABLE_VERSIONS = (1, 2)
 """Version of the on-disk format, counted apart from the package's."""
 
-_COMMIT_FILE = "commit.json"
-_CHUNK_BYTES = 2 << 20
-_CHUNK_ROWS = 4096
+COMMIT_FILE = "commit.json"
+"""The file that says how far the arrays are valid."""
 _CACHE_BYTES = 256 << 20
-_FLUSH_BYTES = 8 << 20
-_CONFIG: Any = {"write_empty_chunks": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,215 +43,35 @@ class Commit:
     complete: bool
     """Whether the recording ended and will not grow any more."""
 
+    @property
+    def num_steps(self) -> int:
+        """S, the number of whole steps: those of which the parameters before and after are there."""
+        return max(0, min(self.lengths.get("step", 0), self.lengths.get("snapshot", 0) - 1))
+
     def write(self, store: Path) -> None:
         """Publish atomically: write beside the old file, then rename over it."""
-        temporary = store / f"{_COMMIT_FILE}.partial"
+        temporary = store / f"{COMMIT_FILE}.partial"
         temporary.write_text(json.dumps(asdict(self)))
-        temporary.replace(store / _COMMIT_FILE)
+        temporary.replace(store / COMMIT_FILE)
 
     @classmethod
     def read(cls, store: Path) -> Commit:
         """Read the last published commit."""
         if left := _replaced(store):
             raise StoreFormatError(left)
-        if not (store / _COMMIT_FILE).is_file():
-            what = "no such directory" if not store.is_dir() else f"it has no {_COMMIT_FILE}"
+        if not (store / COMMIT_FILE).is_file():
+            what = "no such directory" if not store.is_dir() else f"it has no {COMMIT_FILE}"
             raise StoreFormatError(
                 f"{store} is not a recorded run: {what}. Expected a directory written by explaind.trace; a "
                 "run that was stopped before its first block of steps was written leaves nothing to open."
             )
         try:
-            content = json.loads((store / _COMMIT_FILE).read_text())
+            content = json.loads((store / COMMIT_FILE).read_text())
             lengths = {str(name): int(length) for name, length in content["lengths"].items()}
             arrays = [str(name) for name in content["arrays"]]
             return cls(lengths=lengths, arrays=arrays, complete=bool(content["complete"]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DamagedStoreError(f"{store / _COMMIT_FILE} cannot be read: {error}") from error
-
-
-class StoreWriter:
-    """Collects rows in memory and writes them block by block; `flush` is the only thing a reader can see.
-
-    Args:
-        path: directory of the store.
-        attributes: JSON-able description of the run, kept in the root group.
-        overwrite: replace a run that is already there (only ever a run: other directories are refused).
-
-    Raises:
-        StoreExistsError: something is at `path`, and it may not be replaced.
-    """
-
-    def __init__(self, path: Path, *, attributes: Mapping[str, Any], overwrite: bool) -> None:
-        self.path = path
-        check_free(path, overwrite=overwrite)
-        if path.exists():
-            shutil.rmtree(path)
-        self._group = zarr.create_group(path, attributes={"explaind_format": FORMAT_VERSION, **attributes})
-        self._arrays: dict[str, zarr.Array[Any]] = {}
-        self._pending: defaultdict[str, list[NDArray[Any]]] = defaultdict(list)
-        self._dims: dict[str, tuple[str, ...]] = {}
-        self._lengths: dict[str, int] = {}
-        self._new_attributes: dict[str, Any] = {}
-        self.pending_bytes = 0
-
-    @property
-    def wants_flush(self) -> bool:
-        """Whether enough rows have gathered to be worth writing."""
-        return self.pending_bytes >= _FLUSH_BYTES
-
-    def add(self, name: str, rows: NDArray[Any], dims: tuple[str, ...]) -> None:
-        """Append `rows` (first axis: the growing dimension `dims[0]`) to an array at the next flush."""
-        self._pending[name].append(rows)
-        self._dims.setdefault(name, dims)
-        self.pending_bytes += rows.nbytes
-
-    def set_attributes(self, **attributes: Any) -> None:
-        """Add to the description of the run at the next flush."""
-        self._new_attributes |= attributes
-
-    @property
-    def dims(self) -> Mapping[str, tuple[str, ...]]:
-        """Names of the dimensions of every array."""
-        return self._dims
-
-    def read_row(self, name: str, row: int) -> NDArray[Any]:
-        """A row that is written, whether or not it is published."""
-        return np.asarray(self._arrays[name][row])
-
-    def flush(self, *, complete: bool = False) -> None:
-        """Write all pending rows, then publish them.
-
-        Raises:
-            RecordingError: the disk is full. What was published before stays valid.
-        """
-        with self._need_room():
-            self._write_pending()
-            lengths: dict[str, int] = {}
-            for name, array in self._arrays.items():
-                if complete:
-                    self._resize(array, self._lengths[name])
-                dimension = self._dims[name][0]
-                lengths[dimension] = max(lengths.get(dimension, 0), self._lengths[name])
-            Commit(lengths=lengths, arrays=sorted(self._arrays), complete=complete).write(self.path)
-
-    def rewrite(
-        self, changes: Mapping[str, Callable[[NDArray[Any], int], NDArray[Any]]], *, attributes: Mapping[str, Any]
-    ) -> None:
-        """Replace the store by one in which the rows of some arrays are others, as many as before.
-
-        It is written beside the store, block by block, and then takes its place: at any moment one of them is whole.
-        What is published stays so, and what is not stays so.
-
-        Args:
-            changes: by array, gives the new rows for some old ones and the index at which these begin.
-            attributes: what the description of the run says from now on.
-
-        Raises:
-            RecordingError: the disk is full. The store is as it was.
-        """
-        beside, aside = self.path.with_name(f"{self.path.name}.new.partial"), _aside(self.path)
-        for left in (beside, aside):
-            shutil.rmtree(left, ignore_errors=True)
-        with self._need_room():
-            self._write_pending()
-            try:
-                self._copy(beside, changes, attributes)
-            except BaseException:
-                shutil.rmtree(beside, ignore_errors=True)
-                raise
-        self.path.rename(aside)
-        beside.rename(self.path)
-        shutil.rmtree(aside)
-        self._group = zarr.open_group(self.path, mode="r+")
-        self._arrays = {
-            name: zarr.open_array(self.path, path=name, mode="r+").with_config(_CONFIG) for name in self._arrays
-        }
-
-    def _copy(
-        self,
-        path: Path,
-        changes: Mapping[str, Callable[[NDArray[Any], int], NDArray[Any]]],
-        attributes: Mapping[str, Any],
-    ) -> None:
-        changed = [name for name in self._arrays if name in changes]
-        left_out = {self.path / name for name in changed} | {self.path / _COMMIT_FILE}
-        for file in self.path.rglob("*"):
-            if file.is_file() and left_out.isdisjoint([file, *file.parents]):
-                copy = path / file.relative_to(self.path)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, copy)
-        group = zarr.open_group(path, mode="r+")
-        group.attrs.update(attributes)
-        for name in changed:
-            old, length = self._arrays[name], self._lengths[name]
-            new = self._create(group, name, changes[name](np.asarray(old[:1]), 0))
-            new.resize((length, *new.shape[1:]))
-            for start in range(0, length, new.chunks[0]):
-                stop = min(start + new.chunks[0], length)
-                new[start:stop] = changes[name](np.asarray(old[start:stop]), start)
-        if self._is_published():
-            shutil.copyfile(self.path / _COMMIT_FILE, path / _COMMIT_FILE)
-
-    def _write_pending(self) -> None:
-        for name in list(self._pending):
-            self._append(name, np.concatenate(self._pending[name]))
-            del self._pending[name]
-        if self._new_attributes:
-            self._group.attrs.update(self._new_attributes)
-            self._new_attributes = {}
-        self.pending_bytes = 0
-
-    @contextmanager
-    def _need_room(self) -> Iterator[None]:
-        needed = self.pending_bytes
-        try:
-            yield
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            steps = Commit.read(self.path).lengths.get("step", 0) if self._is_published() else 0
-            raise RecordingError(
-                f"no room left on the disk for {self.path}: {needed / 2**20:.1f} MiB more are "
-                f"needed. The first {steps} steps are safe there and can be opened; free some space or choose "
-                "another place for the next run."
-            ) from error
-
-    def _is_published(self) -> bool:
-        return (self.path / _COMMIT_FILE).is_file()
-
-    def _append(self, name: str, rows: NDArray[Any]) -> None:
-        array = self._arrays.get(name)
-        if array is None:
-            array = self._arrays[name] = self._create(self._group, name, rows)
-            self._lengths[name] = 0
-        start = self._lengths[name]
-        stop = start + len(rows)
-        if stop > array.shape[0]:
-            self._resize(array, max(stop, 2 * array.shape[0]))
-        array[start:stop] = rows
-        self._lengths[name] = stop
-
-    @staticmethod
-    def _resize(array: zarr.Array[Any], length: int) -> None:
-        if length != array.shape[0]:
-            array.resize((length, *array.shape[1:]))
-
-    def _create(self, group: zarr.Group, name: str, rows: NDArray[Any]) -> zarr.Array[Any]:
-        row_bytes = max(1, rows.nbytes // max(1, len(rows)))
-        chunk_rows = int(np.clip(_CHUNK_BYTES // row_bytes, 1, _CHUNK_ROWS))
-        # Bytes of the same element at successive steps are alike: they compress best side by side.
-        along_steps = rows.ndim == 2 and rows.dtype.kind == "f"
-        return group.create_array(
-            name,
-            shape=(0, *rows.shape[1:]),
-            chunks=(chunk_rows, *(max(1, size) for size in rows.shape[1:])),
-            dtype=rows.dtype,
-            filters=[TransposeCodec(order=(1, 0))] if along_steps else None,
-            compressors=[BloscCodec(cname="lz4", shuffle="bitshuffle", typesize=rows.itemsize), Crc32cCodec()],
-            fill_value=np.nan if rows.dtype.kind == "f" else 0,
-            dimension_names=self._dims[name],
-            config=_CONFIG,
-        )
+            raise DamagedStoreError(f"{store / COMMIT_FILE} cannot be read: {error}") from error
 
 
 class StoreReader:
@@ -305,6 +117,10 @@ class StoreReader:
     def has(self, name: str) -> bool:
         """Whether the store has this array."""
         return name in self.commit.arrays
+
+    def is_along(self, name: str, dimension: str) -> bool:
+        """Whether an array grows along this dimension."""
+        return _dims(self._open(name))[0] == dimension
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Rows `start:stop` of an array; without `stop`, up to the last published one."""
@@ -399,17 +215,22 @@ def check_free(path: Path, *, overwrite: bool) -> None:
         raise StoreExistsError(f"{path} is not a recorded run, so overwrite=True does not delete it.")
 
 
-def _aside(path: Path) -> Path:
+def is_published(path: Path) -> bool:
+    """Whether a store has something that readers may believe."""
+    return (path / COMMIT_FILE).is_file()
+
+
+def aside(path: Path) -> Path:
     """Where a store is for the moment in which another one takes its place."""
     return path.with_name(f"{path.name}.old.partial")
 
 
 def _replaced(path: Path) -> str | None:
     """What to say if a writer was killed just when it replaced a store."""
-    if path.exists() or not _aside(path).exists():
+    if path.exists() or not aside(path).exists():
         return None
     return (
-        f"the writer of {path} was stopped while it replaced it: the run is at {_aside(path)}. Rename that to "
+        f"the writer of {path} was stopped while it replaced it: the run is at {aside(path)}. Rename that to "
         f"{path.name} to open it or to write over it, or delete it if it is not wanted."
     )
 

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import explaind
+from explaind.recording import chunks
 
 NUM_EXAMPLES = 9
 NUM_FEATURES = 3
@@ -123,3 +124,9 @@ def query(dtype: torch.dtype = torch.float64, num: int = 3) -> explaind.Query:
     generator = torch.Generator().manual_seed(5)
     inputs = torch.randn(num, NUM_FEATURES, generator=generator, dtype=torch.float64).to(dtype)
     return explaind.Query(inputs, output=explaind.outputs.log_prob([i % NUM_CLASSES for i in range(num)]))
+
+
+def chunks_of(monkeypatch: Any, num_bytes: int) -> None:
+    """Make all chunks of a store about that large."""
+    monkeypatch.setattr(chunks, "_LARGEST_BYTES", num_bytes)
+    monkeypatch.setattr(chunks, "_LEAST_BYTES", num_bytes)

@@ -13,11 +13,10 @@ from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import StepLR
 
 import explaind
-import explaind.recording.steps
 import explaind.store
 from explaind import quadrature, reference
 from explaind.errors import RecordingError, StoreExistsError, StoreFormatError
-from tests.cases import NUM_EXAMPLES, data, mlp, query
+from tests.cases import NUM_EXAMPLES, chunks_of, data, mlp, query
 
 
 def frozen_backbone():
@@ -427,7 +426,6 @@ def test_killed_while_widening_one_of_the_stores_is_whole(tmp_path, monkeypatch,
         return [p for p in tmp_path.iterdir() if p.name.startswith("run")]
 
     monkeypatch.setattr(explaind.store.Path, "rename", watched)
-    monkeypatch.setattr(explaind.recording.steps, "_FIRST_FLUSH_SECONDS", 0.0)
     record(path, at_epoch=unfreeze)
     monkeypatch.undo()
     kept = {p.name: p for p in beside()}
@@ -450,13 +448,14 @@ def test_killed_while_widening_one_of_the_stores_is_whole(tmp_path, monkeypatch,
     assert len(run.table) == 2
 
 
-def test_a_run_that_was_opened_before_says_that_it_was_replaced(tmp_path, monkeypatch):
-    monkeypatch.setattr(explaind.recording.steps, "_FIRST_FLUSH_SECONDS", 0.0)
+def test_a_run_that_was_opened_before_says_that_it_was_replaced(tmp_path):
     model = frozen_backbone()
     optimizer = momentum(model)
     early = []
 
     def look(model, optimizer):
+        recorder._rows._writer.flush()
+        recorder._rows._writer.wait()
         early.append(explaind.open_run(tmp_path / "run", model=frozen_backbone()))
         unfreeze(model, optimizer)
 
@@ -469,10 +468,10 @@ def test_a_run_that_was_opened_before_says_that_it_was_replaced(tmp_path, monkey
 
 
 def test_a_long_store_is_widened_in_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(explaind.store, "_CHUNK_BYTES", 1000)
+    chunks_of(monkeypatch, 1000)
     run = record(tmp_path / "run", at_epoch=unfreeze, epochs=12)
     assert run.num_steps == 36
     sizes = json.loads((tmp_path / "run" / "params" / "zarr.json").read_text())["chunk_grid"]["configuration"]
-    assert sizes["chunk_shape"][0] == 1000 // (8 * 31)
+    assert sizes["chunk_shape"][0] == 1000 // (8 * 15)
     assert len(run.examples) == NUM_EXAMPLES
     assert run.verify().bit_exact

@@ -11,14 +11,12 @@ __all__ = ["with_indices"]
 
 
 class _IndexedDataset(Dataset[Any]):
-    """Returns `(index, item)` where the data set returned `item`; its attributes are those of the data set."""
+    """Returns `(index, item)` or `(indices, items)` for an item or many; its attributes are those of the data set."""
 
     _dataset: Dataset[Any]
 
     def __init__(self, dataset: Dataset[Any]) -> None:
         self.__dict__["_dataset"] = dataset
-        if hasattr(dataset, "__getitems__"):
-            self.__dict__["__getitems__"] = self._get_many
 
     def __getattr__(self, name: str) -> Any:
         if name == "_dataset":  # asked for while it is being unpickled
@@ -31,8 +29,9 @@ class _IndexedDataset(Dataset[Any]):
     def __getitem__(self, index: Any) -> tuple[Any, Any]:
         return index, self._dataset[index]
 
-    def _get_many(self, indices: Sequence[Any]) -> list[tuple[Any, Any]]:
-        return list(zip(indices, self._dataset.__getitems__(indices), strict=True))  # type: ignore[attr-defined]
+    def __getitems__(self, indices: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+        many = getattr(self._dataset, "__getitems__", None)
+        return indices, many(indices) if many is not None else [self._dataset[index] for index in indices]
 
 
 class _IndexedCollate:
@@ -41,11 +40,10 @@ class _IndexedCollate:
     def __init__(self, collate: Callable[[Any], Any]) -> None:
         self._collate = collate
 
-    def __call__(self, samples: Any) -> tuple[list[int], Any]:
-        if isinstance(samples, tuple):  # automatic batching is off: one (index, item)
-            index, item = samples
-            return [int(i) for i in index] if isinstance(index, (list, tuple)) else [int(index)], self._collate(item)
-        return [int(index) for index, _ in samples], self._collate([item for _, item in samples])
+    def __call__(self, indexed: tuple[Any, Any]) -> tuple[list[int], Any]:
+        index, items = indexed
+        indices = [int(i) for i in index] if isinstance(index, (list, tuple)) else [int(index)]
+        return indices, self._collate(items)
 
 
 def with_indices(loader: DataLoader[Any]) -> DataLoader[Any]:
@@ -84,4 +82,5 @@ def with_indices(loader: DataLoader[Any]) -> DataLoader[Any]:
         arguments["batch_sampler"] = loader.batch_sampler
     else:
         arguments |= {"batch_size": None, "sampler": loader.sampler}
-    return DataLoader(_IndexedDataset(loader.dataset), collate_fn=_IndexedCollate(loader.collate_fn), **arguments)
+    collate: Callable[[Any], Any] = _IndexedCollate(loader.collate_fn)
+    return DataLoader(_IndexedDataset(loader.dataset), collate_fn=collate, **arguments)

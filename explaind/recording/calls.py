@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
 
+from explaind.calls import CallKind
 from explaind.errors import RecordingError
 from explaind.recording.capture import ForwardCall, to_numpy
 from explaind.recording.examples import InputTable
 from explaind.recording.naming import ExampleNames
+from explaind.recording.writer import Later, Rows
 
 __all__ = ["CallRows", "input_array", "output_grad_array"]
 
@@ -24,7 +26,7 @@ class CallRows:
     Args:
         names: gives the rows' example ids.
         example_grads: computes the per-example gradients of a call, `[row, element]`; None if they are not stored.
-        hold: takes an array's name, its new rows and the names of its dimensions.
+        hold: takes rows of arrays.
         describe: takes attributes of the run.
     """
 
@@ -33,7 +35,7 @@ class CallRows:
         *,
         names: ExampleNames,
         example_grads: Callable[[ForwardCall], NDArray[Any]] | None,
-        hold: Callable[[str, NDArray[Any], tuple[str, ...]], None],
+        hold: Callable[[Rows | Later], None],
         describe: Callable[..., None],
     ) -> None:
         self._names, self._example_grads = names, example_grads
@@ -41,6 +43,7 @@ class CallRows:
         self._inputs = InputTable()
         self._layouts: list[dict[str, str]] = []
         self._kinds: dict[Any, int] = {}
+        self._last: tuple[CallKind, int, list[Any], int] | None = None
         self._descriptions: list[dict[str, Any]] = []
 
     def hold(self, call: ForwardCall, step: int, parameters: Sequence[str]) -> None:
@@ -65,24 +68,26 @@ class CallRows:
                 f"'{call.part}' have no content to be told by. Name them: iterate over recorder.batches(loader), or "
                 "call recorder.examples(ids) in every step."
             )
-        layout, content, index, new = self._inputs.add(call.inputs)
+        layout = self._inputs.layout(call.inputs)
         if layout == len(self._layouts):
             self._layouts.append(call.input_dtypes)
-        for name, values in call.inputs.items():
-            rows = f"input_{layout}" if layout else "input"
-            self._hold(input_array(layout, name), values[new], (rows, *_axes(name, values)))
         kind = self._kind(call, layout)
         for place, (name, gradient) in enumerate(call.output_grads.items()):
-            cotangents = to_numpy(gradient)
+            cotangents = to_numpy(gradient, copy=False)
             self._hold(
-                output_grad_array(kind, place, name), cotangents, (f"row_of_kind_{kind}", *_axes("output", cotangents))
+                (
+                    output_grad_array(kind, place, name),
+                    cotangents,
+                    (f"row_of_kind_{kind}", *_axes("output", cotangents)),
+                )
             )
-        self._hold("row_input", index, ("row",))
-        self._hold("row_example", self._names.resolve(call.example_ids, content, step, call.part), ("row",))
+        ids = self._names.resolve(call.example_ids, call.inputs, step, call.part)
+        num_bytes = sum(rows.nbytes for rows in call.inputs.values())
+        self._hold(Later(lambda: self._input_rows(call.inputs, layout, ids), num_bytes))
         if self._example_grads is not None:
-            self._hold("example_grad", self._example_grads(call), ("row", "element"))
+            self._hold(("example_grad", self._example_grads(call), ("row", "element")))
         self._hold_one("call_step", np.int64(step), ("call",))
-        self._hold_one("call_rows", np.int64(len(index)), ("call",))
+        self._hold_one("call_rows", np.int64(call.num_rows), ("call",))
         self._hold_one("call_kind", np.int64(kind), ("call",))
         reached = [call.reached is None or name in call.reached for name in parameters]
         self._hold_one("call_reached", np.array(reached), ("call", "parameter"))
@@ -93,16 +98,27 @@ class CallRows:
 
     def _kind(self, call: ForwardCall, layout: int) -> int:
         """Number of the call's kind: calls of one have the same arguments, and tensors shaped alike."""
-        shapes = tuple((gradient.shape[1:], gradient.dtype) for gradient in call.output_grads.values())
-        key = (call.kind.key, layout, shapes)
-        if key not in self._kinds:
-            self._kinds[key] = len(self._kinds)
-            self._descriptions.append(dataclasses.asdict(call.kind) | {"inputs": layout})
-            self._describe(call_kinds=self._descriptions, input_layouts=self._layouts)
-        return self._kinds[key]
+        kind, shapes = call.kind, [(gradient.shape[1:], gradient.dtype) for gradient in call.output_grads.values()]
+        if self._last is None or self._last[:3] != (kind, layout, shapes):
+            key = (kind.key, layout, tuple(shapes))
+            if key not in self._kinds:
+                self._kinds[key] = len(self._kinds)
+                self._descriptions.append(dataclasses.asdict(kind) | {"inputs": layout})
+                self._describe(call_kinds=self._descriptions, input_layouts=self._layouts)
+            self._last = (kind, layout, shapes, self._kinds[key])
+        return self._last[3]
+
+    def _input_rows(self, inputs: Mapping[str, NDArray[Any]], layout: int, ids: NDArray[np.int64] | None) -> list[Rows]:
+        """Which inputs a call's rows have, and those inputs that are new."""
+        content, index, new = self._inputs.add(inputs, layout)
+        rows: list[Rows] = [("row_input", index, ("row",)), ("row_example", content if ids is None else ids, ("row",))]
+        dimension = f"input_{layout}" if layout else "input"
+        for name, values in inputs.items() if len(new) else ():
+            rows.append((input_array(layout, name), values[new], (dimension, *_axes(name, values))))
+        return rows
 
     def _hold_one(self, name: str, row: Any, dims: tuple[str, ...]) -> None:
-        self._hold(name, np.asarray(row)[None], dims)
+        self._hold((name, np.asarray(row)[None], dims))
 
 
 def input_array(layout: int, name: str) -> str:

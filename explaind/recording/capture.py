@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -54,7 +53,7 @@ class ForwardCall:
     """How often each parameter that requires gradients had been changed in place, by name."""
     output_fingerprint: Tensor
     """Norm and sum of its output, `[2]`: tells whether a replay is of the same model."""
-    example_ids: Sequence[int] | RecordingError | None
+    example_ids: Sequence[int] | NDArray[np.int64] | RecordingError | None
     """Names given to its rows by the user, if any, or why they are not known."""
     reached: frozenset[str] | None = None
     """Names of the parameters whose gradients it entered; None if all that it depends on."""
@@ -74,10 +73,10 @@ class ForwardCall:
         """Number of examples."""
         return len(next(iter(self.inputs.values())))
 
-    def first_changed(self, model: nn.Module) -> str | None:
-        """Name of the first parameter that has been changed since, if one has."""
-        now = dict(model.named_parameters())
-        return next((name for name, version in self.parameter_versions.items() if now[name]._version != version), None)
+    def first_changed(self, parameters: Mapping[str, Tensor]) -> str | None:
+        """Name of the first of the model's parameters that has been changed since, if one has."""
+        versions = self.parameter_versions.items()
+        return next((name for name, version in versions if parameters[name]._version != version), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +99,8 @@ class CallCapture:
         before_call: called before each forward pass.
         fixed_version: notes the present buffers and frozen parameters, and returns the number of that version.
         gradients_cleared: tells whether all parameters' gradients are None or zero.
+        arrival: called in a backward pass when the first gradient comes in, with the names of the parameters whose
+            gradients do, as far as the pass has got.
     """
 
     def __init__(
@@ -113,16 +114,18 @@ class CallCapture:
         before_call: Callable[[], None],
         fixed_version: Callable[[], int],
         gradients_cleared: Callable[[], bool],
+        arrival: Callable[[set[str]], None],
     ) -> None:
-        self._model = model
+        self.parameters = dict(model.named_parameters())
+        """All parameters of the model, by name."""
         self._modules = list(model.modules())
         self._current_step = current_step
         self._named, self._objective = named, objective
         self._before_call = before_call
         self._fixed_version = fixed_version
-        self._gradients_cleared = gradients_cleared
+        self._gradients_cleared, self._arrival = gradients_cleared, arrival
         self._passes: dict[int, dict[ForwardCall, dict[str, Tensor]]] = {}
-        self._reached: defaultdict[int, set[str]] = defaultdict(set)
+        self._reached: dict[int, set[str]] = {}
         self._watching = True
         self._beginnings: list[_Beginning] = []
         self._batch: tuple[Any, ForwardCall] | None = None
@@ -162,7 +165,12 @@ class CallCapture:
 
     def settle(self, name: str) -> None:
         """Called when a parameter's gradient has come in: the present backward pass counts, and reached it."""
-        self._reached[_backward_pass()].add(name)
+        task = _backward_pass()
+        names = self._reached.get(task)
+        if names is None:
+            names = self._reached[task] = set()
+            self._arrival(names)
+        names.add(name)
 
     def _watch(self, name: str, module: nn.Module) -> list[Any]:
         """See the calls of a module; returns handles whose `remove()` ends that."""
@@ -187,7 +195,8 @@ class CallCapture:
     def _before(self, module: nn.Module, args: Any) -> None:
         if self._watching and torch.is_grad_enabled():
             self._before_call()
-            self._beginnings.append(_Beginning(rng_state=rng_state(self._model), fixed_version=self._fixed_version()))
+            device = next(iter(self.parameters.values())).device
+            self._beginnings.append(_Beginning(rng_state=rng_state(device), fixed_version=self._fixed_version()))
 
     def _after(self, part: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -197,11 +206,12 @@ class CallCapture:
             differentiable = [name for name, tensor in named_tensors(output) if tensor.requires_grad]
             if not differentiable:
                 return None
-            named = self._named(take_apart(args, kwargs)[0])
+            tensors, template = take_apart(args, kwargs)
+            named = self._named(tensors)
             if self._objective:
                 self._watch_batch(named, beginning, output)
                 return None
-            call = self._call(part, args, kwargs, named, beginning, output)
+            call = self._call(part, tensors, template, named, beginning, output)
             check_rows(call.inputs, output)
 
             # One output may be computed from another: a copy of each sees what came from the loss alone. And a view
@@ -226,13 +236,12 @@ class CallCapture:
     def _call(
         self,
         part: str | None,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        tensors: Mapping[str, Tensor],
+        template: dict[str, Any],
         named: NamedBatch | RecordingError | None,
         beginning: _Beginning,
         output: Any,
     ) -> ForwardCall:
-        tensors, template = take_apart(args, kwargs)
         if not tensors:
             raise RecordingError("the model was called without any tensor, so there are no examples to tell apart.")
         return ForwardCall(
@@ -245,7 +254,7 @@ class CallCapture:
             training=np.array([module.training for module in self._modules]),
             rng_state=beginning.rng_state,
             fixed_version=beginning.fixed_version,
-            parameter_versions={n: p._version for n, p in self._model.named_parameters() if p.requires_grad},
+            parameter_versions={n: p._version for n, p in self.parameters.items() if p.requires_grad},
             output_fingerprint=fingerprint_output(output),
             example_ids=named.ids if isinstance(named, NamedBatch) else named,
         )
@@ -260,7 +269,7 @@ class CallCapture:
                 "and call the model for other purposes under torch.no_grad()."
             )
         if self._batch is None or self._batch[0] is not named.batch:
-            self._batch = (named.batch, self._call(None, (named.batch,), {}, named, beginning, output))
+            self._batch = (named.batch, self._call(None, *take_apart((named.batch,), {}), named, beginning, output))
             check_rows(self._batch[1].inputs, None)
         call = self._batch[1]
 
@@ -328,8 +337,10 @@ def check_rows(inputs: Mapping[str, NDArray[Any]], output: Any) -> None:
             )
 
 
-def to_numpy(tensor: Tensor) -> NDArray[Any]:
-    """A copy on the host; bfloat16 and float16 widen, exactly, to float32.
+def to_numpy(tensor: Tensor, *, copy: bool = True) -> NDArray[Any]:
+    """A tensor on the host, where it need not be copied only if nothing else changes it.
+
+    bfloat16 and float16 widen, exactly, to float32.
 
     Raises:
         RecordingError: the tensor is complex.
@@ -338,13 +349,13 @@ def to_numpy(tensor: Tensor) -> NDArray[Any]:
         raise RecordingError("complex tensors are not supported; use a pair of real ones.")
     if tensor.dtype in (torch.bfloat16, torch.float16):
         tensor = tensor.float()
-    return np.array(tensor.detach().cpu().numpy())
+    array: NDArray[Any] = tensor.detach().cpu().numpy()
+    return array.copy() if copy else array
 
 
-def rng_state(model: nn.Module) -> NDArray[np.uint8]:
-    """State of the host's generator, followed by that of the model's device if it has its own."""
+def rng_state(device: torch.device) -> NDArray[np.uint8]:
+    """State of the host's generator, followed by that of the device if it has its own."""
     states = [torch.get_rng_state()]
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
     return np.concatenate([state.numpy() for state in states])

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 __all__ = ["InputTable"]
 
-_DIGEST_BYTES = 16
+_KEY_BYTES, _DIGEST_BYTES = 256, 16
 
 
 class InputTable:
@@ -22,36 +22,50 @@ class InputTable:
     """
 
     def __init__(self) -> None:
-        self._layouts: dict[Any, tuple[int, dict[bytes, tuple[int, int]]]] = {}
+        self._layouts: dict[Any, int] = {}
+        self._known: list[dict[bytes, int]] = []
+        self._contents: list[list[int]] = []
         self._num_inputs = 0
 
+    def layout(self, inputs: Mapping[str, NDArray[Any]]) -> int:
+        """Number of the layout of a batch `{name: [row, …]}`; a new one is the next number."""
+        shapes = tuple(sorted((name, rows.shape[1:], rows.dtype.str) for name, rows in inputs.items()))
+        return self._layouts.setdefault(shapes, len(self._layouts))
+
     def add(
-        self, inputs: Mapping[str, NDArray[Any]]
-    ) -> tuple[int, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Look up a batch `{name: [row, …]}`.
+        self, inputs: Mapping[str, NDArray[Any]], layout: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Look up a batch `{name: [row, …]}` of a layout.
 
         Returns:
-            The number of its layout; for each row the number of its content among all inputs `[row]`, and its index
-            among the inputs of the layout `[row]`; the positions in the batch of the rows that are new.
+            For each row the number of its content among all inputs `[row]`, and its index among the inputs of the
+            layout `[row]`; the positions in the batch of the rows that are new.
         """
-        shapes = tuple(sorted((name, rows.shape[1:], str(rows.dtype)) for name, rows in inputs.items()))
-        layout, known = self._layouts.setdefault(shapes, (len(self._layouts), {}))
-        content, index, new = [], [], []
-        for row, key in enumerate(_row_keys(inputs)):
-            if key not in known:
-                known[key] = (self._num_inputs, len(known))
-                self._num_inputs += 1
-                new.append(row)
-            content.append(known[key][0])
-            index.append(known[key][1])
-        return layout, np.array(content, np.int64), np.array(index, np.int64), np.array(new, np.int64)
+        while layout >= len(self._known):
+            self._known.append({})
+            self._contents.append([])
+        known, contents = self._known[layout], self._contents[layout]
+        keys, new = _row_keys(inputs), []
+        try:
+            index = np.fromiter(map(known.__getitem__, keys), np.int64, len(keys))
+        except KeyError:
+            for row, key in enumerate(keys):
+                if key not in known:
+                    known[key] = len(known)
+                    contents.append(self._num_inputs)
+                    self._num_inputs += 1
+                    new.append(row)
+            index = np.array([known[key] for key in keys], np.int64)
+        content = index if self._num_inputs == len(known) else np.array(contents, np.int64)[index]
+        return content, index, np.array(new, np.int64)
 
 
 def _row_keys(inputs: Mapping[str, NDArray[Any]]) -> list[bytes]:
     """One key per row: its bytes over all arguments, or a digest of them where that is shorter."""
     parts = [np.ascontiguousarray(rows).reshape(len(rows), -1) for _, rows in sorted(inputs.items())]
-    raw = np.concatenate([part.view(np.uint8).reshape(len(part), -1) for part in parts], axis=1)
+    rows = [part.view(np.uint8).reshape(len(part), -1) for part in parts]
+    raw = rows[0] if len(rows) == 1 else np.concatenate(rows, axis=1)
     keys: list[bytes] = np.ascontiguousarray(raw).view(f"V{raw.shape[1]}").ravel().tolist()
-    if raw.shape[1] <= 4 * _DIGEST_BYTES:
+    if raw.shape[1] <= _KEY_BYTES:
         return keys
     return [hashlib.blake2b(key, digest_size=_DIGEST_BYTES).digest() for key in keys]

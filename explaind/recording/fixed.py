@@ -42,9 +42,9 @@ class FixedTensors:
 
     def version(self) -> tuple[int, NDArray[np.uint8] | None]:
         """Number of the current version, and its bytes `[1, byte]` if it is a new one."""
-        tensors = list(fixed_tensors(self._model, self._tracked).values())
-        if not tensors:
+        if not self.layout:
             return 0, None
+        tensors = list(fixed_tensors(self._model, self._tracked).values())
         parts = [t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in tensors]
         now = torch.cat(parts).numpy()
         if self._last is not None and np.array_equal(now, self._last):

@@ -31,6 +31,8 @@ class GroupHistory:
         self.types = [{key: dtype for key, value in group.items() if (dtype := _dtype(value))} for group in groups]
         """For every group, the types of those that are tensors."""
         self._widths = _widths(self.constants, self.keys)
+        self._last_settings: list[dict[str, Any]] = []
+        self._last_values: NDArray[np.float64] = np.empty(0)
 
     def widened(self, places: Sequence[int]) -> GroupHistory:
         """The history with groups that were added since; `places` is where each of the earlier ones is now."""
@@ -63,8 +65,11 @@ class GroupHistory:
         Raises:
             RecordingError: a setting that is no number has changed, or has become one.
         """
+        settings = self._settings()
+        if settings == self._last_settings:
+            return self._last_values.copy()
         rows = np.full((self.num_groups, sum(self._widths.values())), np.nan)
-        for number, (group, constants) in enumerate(zip(self._settings(), self.constants, strict=True)):
+        for number, (group, constants) in enumerate(zip(settings, self.constants, strict=True)):
             self._check_kinds(number, group)
             column = 0
             for key, width in self._widths.items():
@@ -72,6 +77,8 @@ class GroupHistory:
                     numbers = _numbers(group[key])
                     rows[number, column : column + len(numbers)] = numbers
                 column += width
+        if all(_is_immutable(value) for group in settings for value in group.values()):
+            self._last_settings, self._last_values = settings, rows.copy()
         return rows
 
     def _settings(self) -> list[dict[str, Any]]:
@@ -139,6 +146,12 @@ def _is_numeric(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return bool(value) and all(_is_numeric(x) and not isinstance(x, (tuple, list)) for x in value)
     return isinstance(value, (bool, int, float))
+
+
+def _is_immutable(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_immutable, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _numbers(value: Any) -> list[float]:

@@ -23,7 +23,7 @@ __all__ = ["ExampleNames", "NamedBatch"]
 class NamedBatch:
     """A batch whose rows have names."""
 
-    ids: Sequence[int]
+    ids: Sequence[int] | NDArray[np.int64]
     """Example id of every row."""
     batch: Any = None
     """The batch itself, as the loader gave it; None if it was named by hand."""
@@ -34,6 +34,9 @@ class NamedBatch:
 
     def is_permuted(self, inputs: Mapping[str, Tensor]) -> bool:
         """Whether one of a call's tensors has the rows of one of the batch's in another order."""
+        own = {id(tensor) for _, tensor in named_tensors(self.batch)}
+        if all(id(given) in own for given in inputs.values()):
+            return False
         return any(not _same(one, other) and _same_rows(one, other) for one, other in self._pairs(inputs))
 
     def _pairs(self, inputs: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -51,7 +54,7 @@ class ExampleNames:
         self._used = False
         self._ahead: list[NamedBatch] = []
         self._by_hand = False
-        self._used_by_hand: list[tuple[Sequence[int], str | None, NDArray[np.int64]]] = []
+        self._used_by_hand: list[tuple[Any, str | None, Mapping[str, NDArray[Any]]]] = []
         self._ever: bool | None = None
         self._loaders: dict[int, tuple[DataLoader[Any], DataLoader[Any]]] = {}
         self._dataset: Any = None
@@ -121,7 +124,12 @@ class ExampleNames:
                 f"example ids are a flat sequence of integers, one per row of the batch; got {values.dtype} with "
                 f"shape {values.shape}."
             )
-        self._current, self._by_hand = NamedBatch(ids=[int(value) for value in values]), True
+        self._current, self._by_hand = NamedBatch(ids=values.astype(np.int64)), True
+
+    def whole(self, batch: Any) -> None:
+        """The next calls are about this batch, whose examples are numbered in its order."""
+        num_rows = len(next(tensor for _, tensor in named_tensors(batch)))
+        self._current, self._by_hand = NamedBatch(ids=np.arange(num_rows), batch=batch), True
 
     def end_step(self) -> None:
         """Forget ids that were given by hand: the next step's batch is another one."""
@@ -131,12 +139,12 @@ class ExampleNames:
 
     def resolve(
         self,
-        given: Sequence[int] | RecordingError | None,
-        content: NDArray[np.int64],
+        given: Sequence[int] | NDArray[np.int64] | RecordingError | None,
+        inputs: Mapping[str, NDArray[Any]],
         step: int,
         part: str | None,
-    ) -> NDArray[np.int64]:
-        """The ids of a call's rows: those given, or their content's number.
+    ) -> NDArray[np.int64] | None:
+        """The ids of a call's rows; None if they were not given, so that their content tells them apart.
 
         Raises:
             RecordingError: it is not known which batch it is; some batches are named and others not; there is not one
@@ -153,21 +161,29 @@ class ExampleNames:
                 "or of none."
             )
         if given is None:
-            return content
-        if len(given) != len(content):
+            return None
+        num_rows = len(next(iter(inputs.values())))
+        if len(given) != num_rows:
             raise RecordingError(
-                f"{len(given)} example ids were given for a batch of {len(content)} rows at step {step}. Call "
+                f"{len(given)} example ids were given for a batch of {num_rows} rows at step {step}. Call "
                 "recorder.examples(ids) with one id per row before each forward call."
             )
         if self._by_hand:
-            for earlier, called, inputs in self._used_by_hand:
-                if earlier is given and called == part and not np.array_equal(inputs, content):
+            for earlier, called, others in self._used_by_hand:
+                if earlier is given and called == part and not _same_bytes(inputs, others):
                     raise RecordingError(
                         f"two different batches of step {step} have the ids of one call of recorder.examples(ids). "
                         "Call it before the forward pass of each micro-batch."
                     )
-            self._used_by_hand.append((given, part, content))
+            self._used_by_hand.append((given, part, inputs))
         return np.array(given, dtype=np.int64)
+
+
+def _same_bytes(one: Mapping[str, NDArray[Any]], other: Mapping[str, NDArray[Any]]) -> bool:
+    if one.keys() != other.keys():
+        return False
+    pairs = [(rows, other[name]) for name, rows in one.items()]
+    return all(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes() for a, b in pairs)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

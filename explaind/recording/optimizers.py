@@ -34,6 +34,8 @@ class Optimizers:
     @property
     def state(self) -> dict[Tensor, dict[str, Any]]:
         """State of every parameter that has some."""
+        if len(self._optimizers) == 1:
+            return self._optimizers[0].state
         return {tensor: own for optimizer in self._optimizers for tensor, own in optimizer.state.items()}
 
     @property

@@ -107,7 +107,4 @@ class GroupMembers:
         return places
 
     def _present(self) -> list[list[list[int]]]:
-        return [
-            [[id(parameter) for parameter in group["params"]] for group in optimizer.param_groups]
-            for optimizer in self._optimizers
-        ]
+        return [[list(map(id, group["params"])) for group in optimizer.param_groups] for optimizer in self._optimizers]

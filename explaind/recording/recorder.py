@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -17,10 +18,11 @@ from torch.utils.data import DataLoader
 from explaind.errors import NonFiniteError, RecordingError
 from explaind.parameters import ParameterTable
 from explaind.recording.capture import CallCapture, ForwardCall
-from explaind.recording.gradients import Arrivals, first_nonfinite, skipped_by_scaler, unscaled
+from explaind.recording.gradients import Arrivals, all_finite, first_nonfinite, skipped_by_scaler, unscaled
 from explaind.recording.naming import ExampleNames
 from explaind.recording.optimizers import Optimizers
 from explaind.recording.ownership import GroupMembers, check_model_and_optimizers, owning_groups, tracked_parameters
+from explaind.recording.plan import RecordingPlan, any_loss, measure
 from explaind.recording.replays import StepReplays
 from explaind.recording.steps import StepRows
 from explaind.replay.model import sparse_weights
@@ -126,11 +128,17 @@ class Recorder:
         self._stepping = False
         self._stepped: set[Optimizer] = set()
         self._names = ExampleNames()
-        self._arrivals = Arrivals()
+        self._arrivals = Arrivals(self._tracked, self._table)
         self._watched: set[str] = set()
         self._loss = self._step_loss = math.nan
         self._hooks: list[Any] = []
         self._entered = False
+        self._options: dict[str, Any] = {
+            "example_grads": example_grads,
+            "objective": objective,
+            "overwrite": False,
+            "metadata": metadata,
+        }
         self._overwrite = overwrite
         self._replays = StepReplays(
             model,
@@ -159,6 +167,58 @@ class Recorder:
     def __repr__(self) -> str:
         state = "recording" if self._hooks else "not recording"
         return f"<Recorder {state} to {self.path}, {self.num_steps} steps>"
+
+    def plan(
+        self,
+        *inputs: Any,
+        steps: int,
+        examples: int | None = None,
+        loss: Callable[[Any], Tensor] | None = None,
+        **kwargs: Any,
+    ) -> RecordingPlan:
+        """What recording a loop will cost in room and time, before it begins.
+
+        Copies of model and optimizers make a few steps, with and without recording them, in a directory beside the
+        store that is deleted again; nothing else is written, and nothing is changed.
+
+        Args:
+            inputs: a batch, as the loop calls the model with; with an objective the batch that it is given.
+            steps: number of optimizer steps that the loop will make.
+            examples: number of distinct examples in all batches; without it, that of `inputs`.
+            loss: takes the model's output for `inputs` to the loop's loss. Without it the cotangents at the output are
+                taken to be dense; where they have many zeros, as with a negative log-likelihood, it will be less.
+            kwargs: further arguments of the model.
+
+        Raises:
+            RecordingError: the recording has begun, or the loop calls the parts of a container, not a model.
+
+        Example:
+            >>> model = torch.nn.Linear(2, 1)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> plan = explaind.trace(model, optimizer, store).plan(torch.eye(2), steps=1000)
+            >>> plan.steps, plan.examples, plan.total_bytes > 1000 * plan.bytes_per_step["parameters"]
+            (1000, 2, True)
+        """
+        if self._entered:
+            raise RecordingError("a plan is made before the recording begins: explaind.trace(…).plan(…).")
+        if isinstance(self._model, (nn.ModuleList, nn.ModuleDict)):
+            raise RecordingError(
+                "the loop calls the parts of a container one by one, which a plan cannot imitate. Make a plan for a "
+                "module that calls them."
+            )
+
+        def record(path: Path, model: nn.Module, optimizers: list[Optimizer]) -> Recorder:
+            return Recorder(model, optimizers, path, **self._options)
+
+        def compute(model: nn.Module, recorder: Recorder | None) -> Tensor:
+            if self._objective is None:
+                return (loss or any_loss)(model(*inputs, **kwargs))
+            batch = inputs[0] if len(inputs) == 1 else inputs
+            if recorder is not None:
+                recorder._names.whole(batch)
+            return self._objective(model, batch).sum()
+
+        return measure(self._model, self._optimizers, record, compute, path=self.path, steps=steps, examples=examples)
 
     # ------------------------------------------------------------------ naming examples
 
@@ -217,6 +277,7 @@ class Recorder:
             before_call=self._before_call,
             fixed_version=self._rows.fixed_version,
             gradients_cleared=self._gradients_cleared,
+            arrival=self._arrivals.expect,
         )
         self._hooks = [
             *(optimizer.register_step_pre_hook(self._before_step) for optimizer in self._optimizers),
@@ -252,11 +313,8 @@ class Recorder:
                 self._watched.add(name)
 
     def _note_arrival(self, name: str) -> Callable[[Tensor], None]:
-        def hook(parameter: Tensor) -> None:
-            self._capture.settle(name)
-            self._arrivals.note(name, parameter)
-
-        return hook
+        settle = self._capture.settle
+        return lambda parameter: settle(name)
 
     def _before_call(self) -> None:
         if self._stepped and not self._stepping:  # a forward pass begins the next round, also if not all have stepped
@@ -281,6 +339,7 @@ class Recorder:
         table = ParameterTable.of(tracked, owning_groups(tracked, self._optimizers))
         self._rows.widen(tracked, table, places)
         self._replays.widen(tracked, table)
+        self._arrivals.widen(tracked, table)
         self._tracked, self._table = tracked, table
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -306,7 +365,8 @@ class Recorder:
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if skipped_by_scaler(optimizer):
             return
-        if (name := first_nonfinite(self._tracked)) is not None:
+        if not all_finite(self._table.flatten(self._tracked)):
+            name = first_nonfinite(self._tracked)
             raise NonFiniteError(
                 f"step {self.num_steps} made entries of the parameter '{name}' NaN or infinite. The steps before it "
                 f"are safe in {self.path}."
@@ -333,19 +393,23 @@ class Recorder:
         calls = self._capture.take()
         if self._gradients_cleared():  # and so the calls before it do not count
             calls = []
-        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        gradients = {
-            name: unscaled(parameter.grad, optimizer)
-            for name, parameter in self._tracked.items()
-            if id(parameter) in own
-        }
-        self._check_step(calls, gradients)
-        rescaling = self._arrivals.rescaling(self._table, gradients, self.num_steps)
+        own = set(map(id, chain.from_iterable(group["params"] for group in optimizer.param_groups)))
+        found = {name: parameter.grad for name, parameter in self._tracked.items() if id(parameter) in own}
+        sparse = {name for name, gradient in found.items() if gradient is not None and gradient.is_sparse}
+        if sparse and (unknown := sorted(sparse - sparse_weights(self._model))):
+            raise RecordingError(
+                f"the gradient of '{unknown[0]}' is sparse, and not as that of a torch.nn.Embedding or EmbeddingBag "
+                "with sparse=True. Use one of these layers, or keep the gradient dense with sparse=False."
+            )
+        gradients = unscaled(found, optimizer)
+        gradient, params = self._table.flatten(gradients), self._table.flatten(self._tracked)
+        self._check_step(calls, gradients, gradient, params)
+        rescaling = self._arrivals.rescaling(gradients, gradient, self.num_steps)
         if not self._stepped:
-            self._rows.begin()
+            self._rows.begin(params)
             self._rows.add_calls(calls)
             self._step_loss, self._loss = self._loss, math.nan
-        self._rows.add_gradients(gradients, rescaling)
+        self._rows.add_gradients(gradients, gradient, rescaling)
         self._stepping = True
         if self._objective is not None and self.num_steps == 0 and calls:
             with self._capture.paused():
@@ -358,28 +422,23 @@ class Recorder:
 
     # ------------------------------------------------------------------ checks
 
-    def _check_step(self, calls: Sequence[ForwardCall], gradients: Mapping[str, Tensor | None]) -> None:
-        present = {name: grad for name, grad in gradients.items() if grad is not None}
-        sparse = {name for name in present if (grad := self._tracked[name].grad) is not None and grad.is_sparse}
-        if unknown := sorted(sparse - sparse_weights(self._model)):
-            raise RecordingError(
-                f"the gradient of '{unknown[0]}' is sparse, and not as that of a torch.nn.Embedding or EmbeddingBag "
-                "with sparse=True. Use one of these layers, or keep the gradient dense with sparse=False."
-            )
+    def _check_step(
+        self, calls: Sequence[ForwardCall], gradients: Mapping[str, Tensor | None], gradient: Tensor, params: Tensor
+    ) -> None:
         if self._stepped and calls:
             raise RecordingError(
                 f"a backward pass came between the steps of two optimizers in step {self.num_steps}, so they do not "
                 "share one gradient. Compute all gradients before the first of them steps, or make the forward pass of "
                 "the second after the step of the first."
             )
-        for what, tensors in (("gradient of", present), ("parameter", self._tracked)):
-            if bad := first_nonfinite(tensors):
+        for what, flat, tensors in (("gradient of", gradient, gradients), ("parameter", params, self._tracked)):
+            if not all_finite(flat):
                 raise NonFiniteError(
-                    f"the {what} '{bad}' has NaN or infinite entries at step {self.num_steps}. The steps before it are "
-                    f"safe in {self.path}."
+                    f"the {what} '{first_nonfinite(tensors)}' has NaN or infinite entries at step {self.num_steps}. "
+                    f"The steps before it are safe in {self.path}."
                 )
         for call in calls:
-            if call.step == self.num_steps and (changed := call.first_changed(self._model)) is not None:
+            if call.step == self.num_steps and (changed := call.first_changed(self._capture.parameters)) is not None:
                 raise RecordingError(
                     f"the parameter '{changed}' was changed between the forward pass and the optimizer's step "
                     f"{self.num_steps}, so the gradient is not that of the weights that the step begins with. Change "

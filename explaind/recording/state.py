@@ -6,8 +6,9 @@ part of a row with an entry per parameter. A tensor of any other shape, such as 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from operator import is_not
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from explaind.parameters import Parameter, ParameterTable, named_dtype
 from explaind.recording.capture import to_numpy
 from explaind.recording.optimizers import Optimizers
-from explaind.store import StoreReader, StoreWriter
+from explaind.recording.writer import Rows
+from explaind.store import StoreReader
 
 __all__ = ["StateHistory", "StateTypes", "read_state", "state_in_loop"]
 
@@ -40,74 +42,110 @@ class _Array:
         return np.full((number, *self.shape), self.empty, self.dtype)
 
 
+@dataclass(frozen=True)
+class _Found:
+    """The entries of one snapshot: of each key those that are written in the same way, by parameter."""
+
+    elements: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    numbers: dict[str, dict[int, Any]] = field(default_factory=dict)
+    shaped: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    present: dict[str, list[int]] = field(default_factory=dict)
+
+
 class StateHistory:
-    """Writes `optimizer.state` at every snapshot; what is neither a number nor a real tensor is only named.
+    """Takes down `optimizer.state` at every snapshot; what is neither a number nor a real tensor is only named.
 
     Args:
         optimizers: whose state.
         tracked: the recorded parameters, by name.
         table: their order.
-        writer: takes the rows, and the attributes that describe them.
+        describe: takes attributes of the run.
     """
 
     def __init__(
-        self, optimizers: Optimizers, tracked: Mapping[str, nn.Parameter], table: ParameterTable, writer: StoreWriter
+        self,
+        optimizers: Optimizers,
+        tracked: Mapping[str, nn.Parameter],
+        table: ParameterTable,
+        describe: Callable[..., None],
     ) -> None:
-        self._optimizers, self._tracked, self._table, self._writer = optimizers, tracked, table, writer
+        self._optimizers, self._tracked, self._table, self._describe = optimizers, tracked, table, describe
         self._wide = to_numpy(torch.empty(0, dtype=table.dtype)).dtype
         self._arrays: dict[str, _Array] = {}
         self._kinds: dict[tuple[str, int], tuple[str, tuple[int, ...]]] = {}
+        self._looks: dict[tuple[str, int], Any] = {}
         self._types: dict[str, dict[str, list[str]]] = {}
         self._left_out: set[str] = set()
+        self._values: list[Any] = []
+        self._found = _Found()
         self._num_snapshots = 0
 
-    def add(self) -> None:
-        """Write a row of every array; a parameter without this state is zero in it, or NaN among numbers."""
-        rows: dict[str, NDArray[Any]] = {}
+    def rows(self) -> list[Rows]:
+        """A row of every array; a parameter without this state is zero in it, or NaN among numbers."""
         states, size = self._optimizers.state, len(self._table)
+        every = [states.get(tensor, {}) for tensor in self._tracked.values()]
+        values = [value for entries in every for value in entries.values()]
+        # Most optimizers change the same tensors at every step.
+        if len(values) != len(self._values) or any(map(is_not, values, self._values)):
+            self._values, self._found = values, _Found()
+            for place, entries in enumerate(every):
+                for key, value in entries.items():
+                    if value is not None:
+                        self._sort(self._found, place, key, value)
+        found = self._found
+        rows: list[Rows] = []
+        now: dict[str, NDArray[Any]] = {}
 
-        def row(name: str, shape: tuple[int, ...], dtype: Any, *dims: str, empty: float = 0) -> NDArray[Any]:
+        def put(name: str, row: NDArray[Any], *dims: str, empty: float = 0) -> None:
+            now[name] = row[None]
             if name not in self._arrays:
-                self._arrays[name] = _Array(shape, np.dtype(dtype), empty, ("snapshot", *dims))
+                self._arrays[name] = _Array(row.shape, row.dtype, empty, ("snapshot", *dims))
                 if self._num_snapshots:  # The optimizer made this state just now.
-                    self._write(name, self._arrays[name].rows(self._num_snapshots))
-            if name not in rows:
-                rows[name] = self._arrays[name].rows(1)
-            entries: NDArray[Any] = rows[name][0]
-            return entries
+                    rows.append((name, self._arrays[name].rows(self._num_snapshots), self._arrays[name].dims))
 
-        for place, parameter in enumerate(self._table):
-            tensor = self._tracked[parameter.name]
-            for key, value in states.get(tensor, {}).items():
-                if value is None:
-                    continue
-                if isinstance(value, Tensor) and value.is_sparse:  # SGD's momentum of sparse gradients
-                    value = value.coalesce().to_dense()
-                kind = self._kind(parameter, value)
-                if kind is None or self._kinds.setdefault((key, place), kind) != kind:
-                    self._leave_out(key)
-                    continue
-                if kind[0] == "number":
-                    row(f"state_scalar/{key}", (size,), np.float64, "parameter", empty=np.nan)[place] = float(value)
-                elif kind[0] == "elements":
-                    elements = row(f"state/{key}", (self._table.num_elements,), self._wide, "element")
-                    elements[parameter.slice] = to_numpy(value).reshape(-1)
-                else:
-                    own = to_numpy(value)
-                    axes = (f"{key}_{axis}" for axis in range(1, own.ndim + 1))
-                    row(f"state_shaped/{key}/{place}", own.shape, own.dtype, *axes)[...] = own
-                row(f"state_present/{key}", (size,), np.bool_, "parameter")[place] = True
-                self._note_type(key, parameter, tensor, value)
-        for name, array in self._arrays.items():
-            self._write(name, rows[name] if name in rows else array.rows(1))
+        for key, tensors in found.elements.items():
+            put(f"state/{key}", self._table.flatten(tensors).numpy(), "element")
+        for key, numbers in found.numbers.items():
+            row = np.full(size, np.nan)
+            row[list(numbers)] = _floats(list(numbers.values()))
+            put(f"state_scalar/{key}", row, "parameter", empty=np.nan)
+        for (key, place), value in found.shaped.items():
+            own = to_numpy(value)
+            put(f"state_shaped/{key}/{place}", own, *(f"{key}_{axis}" for axis in range(1, own.ndim + 1)))
+        for key, places in found.present.items():
+            has = np.zeros(size, np.bool_)
+            has[places] = True
+            put(f"state_present/{key}", has, "parameter")
         self._num_snapshots += 1
+        return rows + [(name, now.get(name, array.rows(1)), array.dims) for name, array in self._arrays.items()]
 
-    def _write(self, name: str, rows: NDArray[Any]) -> None:
-        self._writer.add(name, rows, self._arrays[name].dims)
+    def _sort(self, found: _Found, place: int, key: str, value: Any) -> None:
+        """Find out how an entry is written, and remember it for entries that look the same."""
+        if isinstance(value, Tensor) and value.is_sparse:  # SGD's momentum of sparse gradients
+            value = value.coalesce().to_dense()
+            self._values = []  # the dense copy serves only once
+        look = (value.dtype, value.shape, value.device, value.layout) if isinstance(value, Tensor) else type(value)
+        parameter = self._table[place]
+        if self._looks.get((key, place)) != look:
+            kind = self._kind(parameter, value)
+            if kind is None or self._kinds.setdefault((key, place), kind) != kind:
+                self._leave_out(key)
+                return
+            self._note_type(key, parameter, value)
+            self._looks[key, place] = look
+        way, _ = self._kinds[key, place]
+        if way == "elements":
+            found.elements.setdefault(key, {})[parameter.name] = value
+        elif way == "number":
+            found.numbers.setdefault(key, {})[place] = value
+        else:
+            found.shaped[key, place] = value
+        found.present.setdefault(key, []).append(place)
 
     def widen(self, tracked: Mapping[str, nn.Parameter], table: ParameterTable) -> None:
         """Go on with more parameters."""
         self._tracked, self._table = tracked, table
+        self._values, self._found = [], _Found()
         self._wide = to_numpy(torch.empty(0, dtype=table.dtype)).dtype
         for name, array in self._arrays.items():
             if array.dims[-1] == "element":
@@ -126,21 +164,29 @@ class StateHistory:
         exact = value.is_floating_point() and torch.promote_types(value.dtype, self._table.dtype) == self._table.dtype
         return "elements" if exact and value.shape == parameter.shape else "shaped", tuple(value.shape)
 
-    def _note_type(self, key: str, parameter: Parameter, tensor: Tensor, value: Any) -> None:
+    def _note_type(self, key: str, parameter: Parameter, value: Any) -> None:
         if isinstance(value, Tensor):
             found = [str(value.dtype).removeprefix("torch."), str(value.device)]
         else:
             found = ["float64" if isinstance(value, float) else "int64", "python"]
-        if found != _usual(parameter, getattr(value, "ndim", 0), str(tensor.device)):
+        if found != _usual(parameter, getattr(value, "ndim", 0), str(self._tracked[parameter.name].device)):
             known = self._types.setdefault(key, {})
             if known.get(parameter.name) != found:
                 known[parameter.name] = found
-                self._writer.set_attributes(state_types=self._types)
+                self._describe(state_types=self._types)
 
     def _leave_out(self, key: str) -> None:
         if key not in self._left_out:
             self._left_out.add(key)
-            self._writer.set_attributes(unrecorded_state=sorted(self._left_out))
+            self._describe(unrecorded_state=sorted(self._left_out))
+
+
+def _floats(values: list[Any]) -> list[float]:
+    """Numbers and tensors without axes as numbers; tensors that are alike are read at once."""
+    alike = {(value.dtype, value.device) if isinstance(value, Tensor) else None for value in values}
+    if len(alike) == 1 and None not in alike:
+        return [float(number) for number in torch.stack(values).tolist()]
+    return [float(value) for value in values]
 
 
 def _usual(parameter: Parameter, ndim: int, device: str) -> list[str]:

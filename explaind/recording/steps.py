@@ -16,18 +16,19 @@ from torch import Tensor, nn
 
 from explaind.parameters import ParameterTable
 from explaind.recording.calls import CallRows
-from explaind.recording.capture import ForwardCall, to_numpy
+from explaind.recording.capture import ForwardCall
 from explaind.recording.fixed import FixedTensors, module_types
-from explaind.recording.gradients import first_nonfinite
+from explaind.recording.gradients import all_finite
 from explaind.recording.groups import GroupHistory
 from explaind.recording.naming import ExampleNames
 from explaind.recording.optimizers import Optimizers
 from explaind.recording.state import StateHistory
 from explaind.recording.widening import Widening
-from explaind.store import StoreWriter
+from explaind.recording.writer import Later, Rows, StoreWriter
 
 __all__ = ["StepRows"]
 
+_PER_PARAMETER = ("step", "parameter")
 _FIRST_FLUSH_SECONDS, _FLUSH_SECONDS = 0.2, 10.0
 
 
@@ -64,7 +65,6 @@ class StepRows:
         self._names, self._example_grads = names, example_grads
         self._groups = GroupHistory(optimizers)
         self._fixed = FixedTensors(model, tracked)
-        self._held: list[tuple[str, NDArray[Any], tuple[str, ...]]] = []
         self._last_flush = time.monotonic()
         self._flush_seconds = _FIRST_FLUSH_SECONDS
         self._attributes = self._layout(table, self._groups, self._fixed.layout) | {
@@ -97,9 +97,10 @@ class StepRows:
             hold=self._hold,
             describe=self._writer.set_attributes,
         )
-        self._state = StateHistory(self._optimizers, self._tracked, self._table, self._writer)
-        self._state.add()
+        self._state = StateHistory(self._optimizers, self._tracked, self._table, self._writer.set_attributes)
+        self._next_state = self._state.rows()
         self._writer.flush()
+        self._writer.wait()
 
     def widen(self, tracked: Mapping[str, nn.Parameter], table: ParameterTable, places: Sequence[int]) -> None:
         """Go on, between two steps, with parameters that were frozen so far; earlier rows get what they were then.
@@ -114,6 +115,10 @@ class StepRows:
         """
         widening = Widening(old=self._table, new=table, fixed=self._fixed.layout)
         groups = self._groups.widened(places)
+        self._writer.add(*self._next_state)
+        self._next_state = []
+        self._writer.flush()
+        self._writer.wait()
         changes = widening.changes(self._writer.dims, self._writer.read_row)
         changes["hyperparameters"] = lambda rows, start: groups.rearrange(rows, self._groups, places)
         fixed = [entry for entry in self._fixed.layout if entry["name"] not in tracked]
@@ -122,18 +127,25 @@ class StepRows:
         self._fixed.release(tracked, widening.without_new)
         self._state.widen(tracked, table)
 
-    def begin(self) -> None:
-        """Take down θ_s, the parameters that the step starts from."""
-        self.unfinished = True
-        self._add_snapshot()
-        # Every earlier step is whole now, as the parameters after it are known.
-        if self._writer.wants_flush or time.monotonic() - self._last_flush > self._flush_seconds:
+    def begin(self, params: Tensor) -> None:
+        """Take down θ_s, the parameters `[element]` that the step starts from.
+
+        Raises:
+            RecordingError: what was taken down before could not be written.
+        """
+        self._writer.check()
+        # A block has as many snapshots as steps, so that it fills whole chunks of both.
+        overdue = time.monotonic() - self._last_flush > self._flush_seconds
+        if self._writer.wants_flush or (overdue and not self._writer.is_writing):
             self._writer.flush()
             self._last_flush = time.monotonic()
             self._flush_seconds = min(2 * self._flush_seconds, _FLUSH_SECONDS)
-        self._gradients: dict[str, Tensor] = {}
+        self.unfinished = True
+        self._add_snapshot(params)
+        self._held: list[Rows | Later] = []
+        self._gradient: Tensor | None = None
+        self._updated: set[str] = set()
         self._rescaling = dict.fromkeys(self._table.names, (1.0, math.inf))
-        self._hyperparameters = self._groups.values()
 
     def add_calls(self, calls: Sequence[ForwardCall]) -> None:
         """Take down the forward calls that the step's gradient came through."""
@@ -141,65 +153,75 @@ class StepRows:
             self._calls.hold(call, self.num_steps, self._table.names)
 
     def add_gradients(
-        self, gradients: Mapping[str, Tensor | None], rescaling: Mapping[str, tuple[float, float]]
+        self,
+        gradients: Mapping[str, Tensor | None],
+        flat: Tensor,
+        rescaling: Mapping[str, tuple[float, float]],
     ) -> None:
         """Take down what an optimizer is about to use: G_s of its parameters, and its settings.
 
         Args:
             gradients: of the optimizer's parameters, by name.
+            flat: the same, `[element]`.
             rescaling: how they were rescaled since the backward pass, the pair (s, c) of each.
         """
         settings = self._groups.values()
-        for parameter in self._table:
-            if parameter.name in gradients:
-                self._hyperparameters[parameter.group] = settings[parameter.group]
+        if self._gradient is None:
+            self._gradient, self._hyperparameters = flat, settings
+        else:
+            for parameter in self._table:
+                if parameter.name in gradients:
+                    self._gradient[parameter.slice] = flat[parameter.slice]
+                    self._hyperparameters[parameter.group] = settings[parameter.group]
         self._rescaling |= rescaling
-        self._gradients |= {name: grad.detach().clone() for name, grad in gradients.items() if grad is not None}
+        self._updated |= {name for name, gradient in gradients.items() if gradient is not None}
 
     def finish(self, *, loss: float) -> None:
         """The optimizers have made the step: it counts, and their new state is written."""
-        updated = np.array([name in self._gradients for name in self._table.names])
-        self._hold_one("gradient", to_numpy(self._table.flatten(self._gradients)), ("step", "element"))
-        self._hold_one("updated", updated, ("step", "parameter"))
+        assert self._gradient is not None
         scale, limit = zip(*(self._rescaling[name] for name in self._table.names), strict=True)
-        self._hold_one("gradient_scale", np.array(scale), ("step", "parameter"))
-        self._hold_one("gradient_limit", np.array(limit), ("step", "parameter"))
+        self._hold_one("gradient", self._gradient.numpy(), ("step", "element"))
+        self._hold_one("updated", np.array([name in self._updated for name in self._table.names]), _PER_PARAMETER)
+        self._hold_one("gradient_scale", np.array(scale), _PER_PARAMETER)
+        self._hold_one("gradient_limit", np.array(limit), _PER_PARAMETER)
         self._hold_one("hyperparameters", self._hyperparameters, ("step", "group", "hyperparameter"))
         self._hold_one("loss", np.float64(loss), ("step",))
-        for rows in self._held:
-            self._writer.add(*rows)
-        self._held.clear()
+        self._next_state = self._state.rows()
+        self._writer.add(*self._held)
         self._fixed.forget()
         self.unfinished = False
         self.num_steps += 1
-        self._state.add()
 
     def close(self) -> None:
-        """Write the last parameters and publish everything."""
-        # A step that was not finished is no step: the parameters before it are written already.
-        if not self.unfinished and first_nonfinite(self._tracked) is None:
-            self._add_snapshot()
-        self._writer.flush(complete=True)
+        """Write the last parameters and publish everything.
 
-    def _add_snapshot(self) -> None:
-        params = to_numpy(self._table.flatten(self._tracked))
-        self._writer.add("params", params[None], ("snapshot", "element"))
-        self._writer.add("snapshot_fixed", np.array([self.fixed_version()], dtype=np.int64), ("snapshot",))
+        Raises:
+            RecordingError: what was taken down could not be written.
+        """
+        # A step that was not finished is no step: the parameters before it are written already.
+        if not self.unfinished and all_finite(params := self._table.flatten(self._tracked)):
+            self._add_snapshot(params)
+        self._writer.close()
+
+    def _add_snapshot(self, params: Tensor) -> None:
+        version = np.array([self.fixed_version()], dtype=np.int64)
+        params_row = ("params", params.numpy()[None], ("snapshot", "element"))
+        self._writer.add(params_row, ("snapshot_fixed", version, ("snapshot",)), *self._next_state)
 
     def fixed_version(self) -> int:
         """Number of the present version of the buffers and frozen parameters, which is written if it is a new one."""
         version, rows = self._fixed.version()
         if rows is not None:
-            self._writer.add("fixed", rows, ("fixed_version", "fixed_byte"))
+            self._writer.add(("fixed", rows, ("fixed_version", "fixed_byte")))
         return version
 
     def fixed_tensors(self, version: int) -> dict[str, Tensor]:
         """The buffers and frozen parameters of a version of the step in progress, by name."""
         return self._fixed.recent(version)
 
-    def _hold(self, name: str, rows: NDArray[Any], dims: tuple[str, ...]) -> None:
+    def _hold(self, rows: Rows | Later) -> None:
         """Hold rows of the step in progress back until the optimizer has finished it."""
-        self._held.append((name, rows, dims))
+        self._held.append(rows)
 
     def _hold_one(self, name: str, row: Any, dims: tuple[str, ...]) -> None:
-        self._hold(name, np.asarray(row)[None], dims)
+        self._hold((name, np.asarray(row)[None], dims))
