@@ -17,6 +17,7 @@ import explaind
 import explaind.reference
 from explaind.calls import map_tensors, named_tensors, rebuild, take_apart
 from explaind.errors import RecordingError
+from explaind.replay.model import call_function
 from tests.cases import data, mlp
 
 FEATURES, LABELS = data().tensors
@@ -497,3 +498,17 @@ def test_what_a_backward_pass_leaves_out_is_not_credited(loop, storage, tmp_path
         result = run.attribute(query, by=("query", "example", axis, "parameter"), quadrature=nodes)
         assert float(np.abs(result.dataset.other).sum()) < 1e-12
         np.testing.assert_allclose(result.dataset.contribution, expected.sum(other), rtol=1e-9, atol=1e-13)
+
+
+def test_a_module_that_is_used_twice_keeps_its_parameters(tmp_path):
+    shared, tied = nn.Linear(3, 3), nn.Linear(3, 3)
+    tied.weight = shared.weight
+    model = nn.Sequential(shared, nn.Tanh(), shared, nn.PReLU(3), tied).double()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    moved = {name: parameter.detach() + 1 for name, parameter in model.named_parameters()}
+    output = call_function(lambda module, x: module(x), model, moved, (FEATURES,), {})
+    hidden = F.linear(torch.tanh(F.linear(FEATURES, moved["0.weight"], moved["0.bias"])), *list(moved.values())[:2])
+    expected = F.linear(F.prelu(hidden, moved["3.weight"]), moved["0.weight"], moved["4.bias"])
+    torch.testing.assert_close(output, expected)
+    assert all(isinstance(parameter, nn.Parameter) for parameter in (shared.weight, shared.bias, tied.weight))
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), before, strict=True))

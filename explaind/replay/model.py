@@ -120,17 +120,33 @@ def call_function(
     Raises:
         RecordingError: it would be computed again in the backward pass, when the model has its own tensors back.
     """
-    renamed = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    renamed = {f"model.{name}": tensor for name, tensor in _at_every_place(model, tensors).items()}
     own = {parameter.dtype for parameter in model.parameters()}
     used = max((t.dtype for t in tensors.values() if t.is_floating_point()), key=lambda t: t.itemsize, default=None)
     widened = _Widened(used) if used is not None and used not in own else nullcontext()
     try:
         with torch.autograd.graph.disable_saved_tensors_hooks(_NO_CHECKPOINTS), widened:
-            return functional_call(_Through(model, function), renamed, args, dict(kwargs))
+            return functional_call(_Through(model, function), renamed, args, dict(kwargs), tie_weights=False)
     except RuntimeError as error:
         if str(error) == _NO_CHECKPOINTS:
             raise RecordingError(_NO_CHECKPOINTS) from None
         raise
+
+
+def _at_every_place(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by every name that the model's own have, where modules share them.
+
+    A module that is used twice is named once: `functional_call`, left to tie weights itself, swaps its tensors twice
+    and puts the wrong ones back.
+    """
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    instead = {id(own[name]): tensor for name, tensor in tensors.items()}
+    return {
+        f"{path}.{name}" if path else name: instead[id(tensor)]
+        for path, module in model.named_modules()
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if id(tensor) in instead
+    }
 
 
 class _Widened(TorchFunctionMode):
