@@ -113,9 +113,11 @@ class Attribution:
         if not closure.error <= closure.error_limit:
             raise ClosureError(f"the decomposition does not close: {closure}.")
         if not closure.passed:
+            single = self.dataset.attrs.get("dtype") == "float32"
+            better = "dtype=torch.float64" if single else "explaind.quadrature.adaptive(max_depth=…)"
             raise ClosureError(
                 f"the path integral, by {self.dataset.attrs['quadrature']}, is not accurate enough: {closure}. Accept "
-                "it with check(tolerance=…), or attribute again with explaind.quadrature.adaptive(max_depth=…)."
+                f"it with check(tolerance=…), or attribute again with {better}."
             )
         if not closure.other <= _MUCH:
             warnings.warn(

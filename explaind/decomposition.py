@@ -14,10 +14,10 @@ from explaind.attribution import TERMS, Attribution
 from explaind.averages import Average
 from explaind.axes import check_axes, check_size, select_layers, select_steps
 from explaind.path.averaged import explained_path
-from explaind.path.products import count_tokens, row_split
 from explaind.path.queries import QueryFunction
 from explaind.path.sources import select_sources
 from explaind.path.step import StepTerms
+from explaind.path.strategy import count_tokens, row_split
 from explaind.path.sweep import Sweep
 from explaind.quadrature import Adaptive, FixedRule, Quadrature, adaptive
 from explaind.query import Query
@@ -38,7 +38,7 @@ def attribute(
     average: Average | None = None,
     tolerance: float = 1e-6,
     quadrature: Quadrature | str = "adaptive",
-    dtype: torch.dtype = torch.float64,
+    dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> Attribution:
@@ -59,6 +59,7 @@ def attribute(
     if not isinstance(rule, (FixedRule, Adaptive)):
         raise ValueError(f"quadrature must be 'adaptive' or a rule of explaind.quadrature, got {rule!r}.")
     place = torch.device(device) if device is not None else torch.device("cpu")
+    dtype = dtype or run.table.dtype
 
     sources = select_sources(run.examples, axis=examples_axis, examples=examples, groups=groups)
     wanted = select_steps(run, steps)

@@ -7,8 +7,10 @@ that is what `adaptive` refines by.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,23 +23,59 @@ _NOISE = 4
 """Refining stops at this many rounding units of the gradients' own type."""
 
 
-class PathFunction(Protocol):
-    """The queries along the segment θ + tΔ, at pairs of a query and a position t."""
+_BY_LENGTH = 3 / 4
+"""Part of the tolerance that sub-intervals have by their length."""
+_MOST_PARTS = 8
+"""That a sub-interval is divided into at once."""
+_PART_ELEMENTS = 1 << 18
+"""Of what is converted at once: it should stay in the cache."""
 
-    def values(self, start: Tensor, update: Tensor, positions: Tensor, which: Tensor) -> Tensor:
-        """q(θ + tΔ) of every pair, float64 `[pair]`."""
+
+class Averages(Protocol):
+    """Average gradients of some queries, not yet put together."""
+
+    def products(self, update: Tensor) -> Tensor:
+        """Their products with Δ, float64 `[query]`."""
         ...
 
-    def gradients(
-        self,
-        start: Tensor,
-        update: Tensor,
-        positions: Tensor,
-        which: Tensor,
-        *,
-        ends: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """∇q(θ + tΔ) of every pair, `[pair, element]`; with `ends`, kinks are averaged between these positions."""
+    def rounding(self, update: Tensor) -> Tensor:
+        """A unit of the rounding of these products, float64 `[query]`."""
+        ...
+
+
+class PathFunction(Protocol):
+    """The queries along the segment θ + tΔ."""
+
+    @property
+    def kinked(self) -> bool:
+        """Whether the model computes functions whose slopes jump."""
+        ...
+
+    def values(self, start: Tensor, update: Tensor, position: float, which: Tensor) -> Tensor:
+        """q(θ + tΔ) of some queries, float64 `[query]`."""
+        ...
+
+    def averages(
+        self, start: Tensor, update: Tensor, ends: tuple[float, float], which: Tensor, rule: FixedRule, *, kinks: bool
+    ) -> Any:
+        """The `Averages` of ∇q over a sub-interval of the segment, times its length.
+
+        Args:
+            start: θ, float64 `[element]`.
+            update: Δ, float64 `[element]`.
+            ends: the sub-interval of [0, 1].
+            which: the queries, `[query]`.
+            rule: nodes and weights on it.
+            kinks: differentiate kinked functions by their average slopes over the sub-interval.
+        """
+        ...
+
+    def gathered(self, parts: Sequence[tuple[Any, Tensor, Tensor]]) -> Tensor:
+        """The sum of all averages, `[query, element]`.
+
+        Args:
+            parts: averages, which of their entries count, and the queries of those.
+        """
         ...
 
 
@@ -52,16 +90,21 @@ class FixedRule:
 
 @dataclass(frozen=True)
 class Adaptive:
-    """A rule applied to the whole step, then to halves of those sub-intervals that miss the tolerance."""
+    """A rule applied to the whole step, then to parts of those sub-intervals that miss the tolerance."""
 
-    rule: FixedRule
+    rule: FixedRule | None
+    """None for one node where slopes jump, and three where they do not."""
     max_depth: int
-    """A sub-interval is at least 2^−max_depth of a step long."""
+    """A sub-interval of 2^−max_depth of a step is not divided."""
 
     @property
     def name(self) -> str:
         """How it is called in a result's attributes."""
-        return f"adaptive({self.rule.name}, max_depth={self.max_depth})"
+        return f"adaptive({self.rule.name + ', ' if self.rule else ''}max_depth={self.max_depth})"
+
+    def rule_for(self, function: PathFunction) -> FixedRule:
+        """The rule on each sub-interval."""
+        return self.rule or gauss_legendre(1 if function.kinked else 3)
 
 
 Quadrature = FixedRule | Adaptive
@@ -94,14 +137,20 @@ def gauss_legendre(num_nodes: int = 3) -> FixedRule:
     return FixedRule(f"gauss_legendre({num_nodes})", tuple(((nodes + 1) / 2).tolist()), tuple((weights / 2).tolist()))
 
 
-def adaptive(num_nodes: int = 3, max_depth: int = 14) -> Adaptive:
-    """Gauss–Legendre with `num_nodes`, bisecting only the (query, step) pairs above tolerance.
+def adaptive(num_nodes: int | None = None, max_depth: int = 14) -> Adaptive:
+    """Gauss–Legendre, dividing the step further for those queries only that are above tolerance.
 
-    Halving finds the kinks of ReLU networks: each level halves the only sub-interval that a kink spoils.
+    Kinks that torch has by name, such as those of ReLUs and max-pooling, are averaged over each sub-interval; dividing
+    finds the others.
+
+    Args:
+        num_nodes: nodes on each sub-interval; by default one for models with such kinks (their error is of second
+            order, whatever the rule), and three for smooth ones.
+        max_depth: a sub-interval of 2^−max_depth of a step is not divided.
     """
     if max_depth < 0:
         raise ValueError(f"max_depth is the number of halvings, zero or more; got {max_depth}.")
-    return Adaptive(gauss_legendre(num_nodes), max_depth)
+    return Adaptive(None if num_nodes is None else gauss_legendre(num_nodes), max_depth)
 
 
 def _check_positive(num_nodes: int) -> None:
@@ -140,38 +189,45 @@ def integrate(
         tolerance: largest |residual| wanted for each query, `[query]`; fixed rules do not look at it.
         quadrature: the rule.
     """
-    before, after = change
-    rule, depth = (quadrature, 0) if isinstance(quadrature, FixedRule) else (quadrature.rule, quadrature.max_depth)
-    phi = torch.zeros(len(before), len(start), dtype=torch.float64, device=start.device)
-    spent = torch.zeros(len(before), dtype=torch.int64, device=start.device)
-    accepted = torch.zeros_like(before)
-    gradients_eps = 0.0
-    # Sub-intervals of one length, each of one query: level 0 is the whole step of every query.
-    query = torch.arange(len(before), device=start.device)
-    left = torch.zeros_like(before)
-    for level in range(depth + 1):
-        length = 2.0**-level
-        ends = (left, left + length) if isinstance(quadrature, Adaptive) else None
-        average = torch.zeros(len(query), len(start), dtype=torch.float64, device=start.device)
-        for node, weight in zip(rule.nodes, rule.weights, strict=True):
-            gradients = function.gradients(start, update, left + node * length, query, ends=ends)
-            average += weight * gradients
-            gradients_eps = torch.finfo(gradients.dtype).eps
-        error = (after - before - length * (average @ update)).abs()
-        noise = _NOISE * gradients_eps * length * (average.abs() @ update.abs())
-        spent.index_add_(0, query, torch.full_like(query, len(rule.nodes)))
-        summed = accepted.index_add(0, query, error)
-        done = (summed <= tolerance)[query] | (error <= tolerance[query] / 8) | (error <= noise)
-        if level == depth:
-            done[:] = True
-        phi.index_add_(0, query[done], length * average[done])
-        accepted.index_add_(0, query[done], error[done])
+    if isinstance(quadrature, FixedRule):
+        kinks, rule, depth = False, quadrature, 0
+    else:
+        kinks, rule, depth = True, quadrature.rule_for(function), quadrature.max_depth
+    order = 2 if kinks and function.kinked else 2 * len(rule.nodes)
+    every = torch.arange(len(tolerance), device=start.device)
+    spent, extra, parts = torch.zeros_like(every), torch.zeros_like(tolerance), []
+    waiting = [(0.0, 1.0, every, *change)]
+    while waiting:
+        left, right, query, before, after = waiting.pop()
+        averages = function.averages(start, update, (left, right), query, rule, kinks=kinks)
+        spent[query] += len(rule.nodes)
+        error = (after - before - averages.products(update)).abs()
+        length, wanted = right - left, tolerance[query]
+        share = error / (_BY_LENGTH * wanted * length).clamp_min(torch.finfo(error.dtype).tiny)
+        # A kink spoils one short sub-interval only, which may have more than its share.
+        more = (error <= (1 - _BY_LENGTH) * wanted / _MOST_PARTS) & (extra[query] + error <= (1 - _BY_LENGTH) * wanted)
+        done = (share <= 1) | more | torch.full_like(more, length <= 2.0**-depth)
+        extra[query] += torch.where(more & (share > 1), error, 0.0)
+        if not done.all():
+            done |= error <= _NOISE * averages.rounding(update)
+        if done.any():
+            parts.append((averages, done.nonzero()[:, 0], query[done]))
         if done.all():
-            break
-        query, left, before, after = (part[~done] for part in (query, left, before, after))
-        middle = function.values(start, update, left + length / 2, query)
-        query = query.repeat(2)
-        left = torch.cat([left, left + length / 2])
-        before, after = torch.cat([before, middle]), torch.cat([middle, after])
-    residual = change[1] - change[0] - phi @ update
+            continue
+        query, before, after, share = (entries[~done] for entries in (query, before, after, share))
+        useful = math.ceil(min(float(share.max()) ** (1 / order), _MOST_PARTS))
+        count = min(max(useful, 2), math.ceil(length * 2.0**depth))
+        cuts = [left + length * part / count for part in range(count)] + [right]
+        values = [before, *(function.values(start, update, cut, query) for cut in cuts[1:-1]), after]
+        inner = zip(cuts, cuts[1:], [query] * count, values, values[1:], strict=False)
+        waiting += reversed(list(inner))
+    phi = function.gathered(parts)
+    residual = change[1] - change[0] - _dot(phi, update)
     return StepIntegral(phi, residual, spent)
+
+
+def _dot(vectors: Tensor, flat: Tensor) -> Tensor:
+    """Products with a float64 vector in its type, `[query]`; in parts, so that no copy of all is made."""
+    size = max(1, _PART_ELEMENTS // max(1, len(vectors)))
+    parts = zip(vectors.split(size, dim=1), flat.split(size), strict=True)
+    return torch.stack([part.to(flat.dtype) @ own for part, own in parts]).sum(dim=0)

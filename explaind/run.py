@@ -144,7 +144,7 @@ class Run(Record):
         average: Average | None = None,
         tolerance: float = 1e-6,
         quadrature: Quadrature | str = "adaptive",
-        dtype: torch.dtype = torch.float64,
+        dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         progress: bool = False,
     ) -> Attribution:
@@ -166,7 +166,9 @@ class Run(Record):
                 q(θ_S). The path, and all that is said of it, then is the average's.
             tolerance: wanted quadrature error, as a part of the query's path length Σ_s |q(θ_{s+1}) − q(θ_s)|.
             quadrature: `"adaptive"`, or a rule from `explaind.quadrature`.
-            dtype: type of gradients and products; the certificate is always float64.
+            dtype: type of gradients and products, by default the one that the run was trained in. With float32 the
+                terms have its rounding, about 1e-5 of the path, measured and part of `rounding`; the certificate is
+                always float64.
             device: where to compute; by default the host.
             progress: show a progress bar.
 
@@ -186,11 +188,13 @@ class Run(Record):
             UnknownUpdateRuleError: the example axis for an optimizer without a rule.
             ResultTooLargeError: the arrays would not fit in memory.
             ModelMismatchError: the model computes something else than was recorded.
-            VerificationError: the examples' gradients do not sum to the recorded step's.
+            VerificationError: the examples' gradients do not sum to the recorded step's, or an example has another
+                gradient in its batch than alone.
 
         Cost:
-            Per step a few gradients of the queries; with the example axis also the per-example gradients of the
-            batch; without it one forward and backward of the batch.
+            Per step one forward and backward pass of the batch, a few of the queries' inputs, and with the example
+            axis one product for each query, example and weight. Memory: three vectors of the parameters' size for each
+            query, and the activations of one step.
         """
         from explaind.decomposition import attribute
 

@@ -13,8 +13,8 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 import explaind
-from explaind.path import queries
-from explaind.replay import call
+from explaind import quadrature
+from explaind.path import factored, factors
 from tests.cases import CASES, data, mlp, query, record
 
 OPTIMIZERS = {
@@ -46,7 +46,7 @@ plans = st.lists(st.lists(st.integers(0, 8), min_size=1, max_size=9), min_size=1
 def test_every_batch_plan_closes(optimizer, batches, single):
     with tempfile.TemporaryDirectory() as directory:
         run = trained(Path(directory) / "run.zarr", optimizer, batches, torch.float32 if single else torch.float64)
-        result = run.attribute(query(), by=("query", "example", "step", "layer"), tolerance=1e-9)
+        result = run.attribute(query(), by=("query", "example", "step", "layer"), tolerance=1e-9, dtype=torch.float64)
         result.check()
         assert result.dataset.sizes["example"] == len({example for batch in batches for example in batch})
 
@@ -85,8 +85,8 @@ def run(tmp_path_factory):
 def test_block_sizes_change_nothing(run, monkeypatch):
     by = ("query", "example", "step", "parameter")
     whole = run.attribute(query(), by=by).dataset.contribution
-    monkeypatch.setattr(call, "_BLOCK_BYTES", 1)
-    monkeypatch.setattr(queries, "_BLOCK_BYTES", 1)
+    for module, size in ((factors, "_BLOCK_BYTES"), (factored, "_BLOCK_BYTES"), (quadrature, "_PART_ELEMENTS")):
+        monkeypatch.setattr(module, size, 1)
     np.testing.assert_allclose(run.attribute(query(), by=by).dataset.contribution, whole, rtol=1e-10, atol=1e-13)
 
 

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import explaind
 from explaind.errors import ModelMismatchError, RecordingError, UnknownUpdateRuleError
+from explaind.path.step import Step
 
 TOKENS = torch.randint(7, (6, 5), generator=torch.Generator().manual_seed(1))
 
@@ -124,12 +125,13 @@ def test_the_contribution_of_a_token_is_that_of_its_loss_alone(tmp_path):
     products = explaind.path.products.TangentProducts(run, dtype=torch.float64, device=torch.device("cpu"))
     psi = torch.randn(1, run.table.num_elements, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     whole = [slice(0, run.table.num_elements)]
-    last = products.products(3, call, torch.arange(len(call.examples)), psi, [whole])[0, :, 0, 0]
+    step = Step(run, 3, torch.device("cpu"))
+    last = products.products(step, 0, torch.arange(len(call.examples)), psi, [whole])[0, :, 0, 0]
     run.objective = by_token
     products = explaind.path.products.TangentProducts(
         run, num_tokens=4, dtype=torch.float64, device=torch.device("cpu")
     )
-    each = products.products(3, call, torch.arange(len(call.examples)), psi, [whole])[0, :, :, 0]
+    each = products.products(step, 0, torch.arange(len(call.examples)), psi, [whole])[0, :, :, 0]
     torch.testing.assert_close(each[:, -1], last, rtol=1e-9, atol=1e-14)
     assert tokens.sizes["token"] == 4
 

@@ -15,20 +15,38 @@ VIOLENT = Case(name="violent", optimizer=one_group(torch.optim.AdamW, lr=0.3), b
 class Scalar:
     """q(θ) of one parameter, with its derivative: a path function whose integrals are known."""
 
+    kinked = False
+
     def __init__(self, function, derivative):
         self.function, self.derivative, self.evaluations = function, derivative, 0
 
-    def values(self, start, update, positions, which):
-        return self.function(start + positions * update)
+    def values(self, start, update, position, which):
+        return self.function(start + position * update)
 
-    def gradients(self, start, update, positions, which, *, ends=None):
-        self.evaluations += len(positions)
-        return self.derivative(start + positions[:, None] * update)
+    def averages(self, start, update, ends, which, rule, *, kinks):
+        self.evaluations += len(rule.nodes)
+        left, length = ends[0], ends[1] - ends[0]
+        nodes = [self.derivative(start + (left + length * node) * update) for node in rule.nodes]
+        return Slopes(length * sum(weight * slope for weight, slope in zip(rule.weights, nodes, strict=True))[None])
+
+    def gathered(self, parts):
+        return sum(averages.slopes[kept].sum(dim=0, keepdim=True) for averages, kept, _ in parts)
+
+
+class Slopes:
+    def __init__(self, slopes):
+        self.slopes = slopes
+
+    def products(self, update):
+        return self.slopes @ update
+
+    def rounding(self, update):
+        return torch.finfo(torch.float64).eps * (self.slopes.abs() @ update.abs())
 
 
 def integrate(function, rule, step=1.0, tolerance=1e-10):
     start, update = torch.tensor([0.2], dtype=torch.float64), torch.tensor([step], dtype=torch.float64)
-    ends = function.values(start, update, torch.zeros(1), None), function.values(start, update, torch.ones(1), None)
+    ends = function.values(start, update, 0.0, None), function.values(start, update, 1.0, None)
     return quadrature.integrate(
         function, start, update, change=ends, tolerance=torch.tensor([tolerance]), quadrature=rule
     )
@@ -64,7 +82,7 @@ def test_adaptive_bisects_towards_a_kink_only():
     function = kinked()
     result = integrate(function, quadrature.adaptive(2, max_depth=30), tolerance=1e-6)
     assert abs(float(result.residual)) <= 1e-6
-    assert int(result.num_nodes) == function.evaluations < 100  # an even mesh of this width has millions of nodes
+    assert int(result.num_nodes) == function.evaluations < 200  # an even mesh of this width has millions of nodes
 
 
 def test_adaptive_stops_at_its_depth_and_says_what_is_left():

@@ -108,7 +108,7 @@ def test_dropout_inside_a_transformer_layer_splits_over_examples(tmp_path):
     query = explaind.Query(FEATURES[:2], output=explaind.outputs.logit([0, 1]))
     result = run.attribute(query, by=("query", "example", "layer"), tolerance=1e-5)
     result.check()
-    assert result.dataset.attrs["example_products"] == "tangents"
+    assert result.dataset.attrs["example_products"] == "factors"
     assert np.abs(result.dataset.other).sum() < 1e-10
 
 

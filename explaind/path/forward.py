@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from explaind.path.products import GradientProducts
+from explaind.path.products import ExampleGradients
 from explaind.path.reverse import check_example_sum
 from explaind.path.slices import complement, dot, layer_products
 from explaind.path.sources import Sources
@@ -57,7 +57,7 @@ class ForwardSweep:
         self,
         run: Run,
         *,
-        products: GradientProducts | None,
+        products: ExampleGradients | None,
         sources: Sources,
         slices: list[list[slice]],
         device: torch.device,
@@ -89,7 +89,8 @@ class ForwardSweep:
         """Advance by a step and give its terms, from φ_s `[query, element]`."""
         f, slices = step.filter, self._slices
         before, entering = self.advance(step)
-        seen = f.adjoint(phi)
+        phi = phi.to(torch.float64)
+        seen = torch.cat([f.adjoint(phi[:, parameter.slice], parameter) for parameter in self._run.table], dim=1)
         filtered = [(seen * f.buffer_gain, self._buffer), (seen * f.gradient_gain, entering)]
         if f.previous_gain.any():
             filtered.append((seen * f.previous_gain, before))
@@ -116,10 +117,10 @@ class ForwardSweep:
         if self._products is None:
             return step.example_gradient_sum[None]
         total = torch.zeros_like(self._buffer.contribution)
-        for call in self._run.calls(step.index):
+        for number, call in enumerate(self._run.calls(step.index)):
             rows, source = self._sources.locate(call.examples)
             if len(rows):
-                blocks = torch.cat(self._products.gradients(step.index, call, rows))
+                blocks = torch.cat(self._products.gradients(step, number, rows))
                 total.index_add_(0, source.to(total.device), blocks.to(torch.float64))
         # What a parameter that had no gradient could have taken in, it did not.
         updated = self._run.table.expand(torch.from_numpy(self._run.updated[step.index])).to(total.device)

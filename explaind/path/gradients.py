@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from explaind.calls import fingerprint_output, named_tensors
 from explaind.errors import ModelMismatchError
 from explaind.parameters import named_dtype
+from explaind.path.uses import Uses
 from explaind.record import RecordedCall
 from explaind.replay.call import Replay
 from explaind.replay.model import Forward, cast, dense, modes, restored_rng
@@ -21,9 +23,11 @@ from explaind.rescaling import Rescaling
 from explaind.run import Run
 
 __all__ = [
+    "ReplayedStep",
     "batch_gradient",
     "call_replay",
     "recorded_rescaling",
+    "replay_step",
     "rows_are_separate",
     "run_forward",
     "step_example_gradients",
@@ -55,9 +59,32 @@ def run_forward(run: Run, call: RecordedCall) -> Forward:
 def batch_gradient(
     run: Run, step: int, *, dtype: torch.dtype | None = None, calls: Sequence[RecordedCall] | None = None
 ) -> Tensor:
-    """Σ_k g_{k,step}, flat `[element]`, replayed as the loop computed it: same batch, order and randomness.
+    """Σ_k g_{k,step}, flat `[element]`; see `replay_step`."""
+    return replay_step(run, step, dtype=dtype, calls=calls).gradient
 
-    On the machine that recorded the run it is the recorded gradient bit for bit, unless the loop rescaled it
+
+@dataclass(frozen=True)
+class ReplayedStep:
+    """What the backward passes of a step gave."""
+
+    gradient: Tensor
+    """Σ_k g_k, flat `[element]`."""
+    uses: list[Uses]
+    """Of every call, what its rows' own gradients are made of."""
+
+
+def replay_step(
+    run: Run,
+    step: int,
+    *,
+    dtype: torch.dtype | None = None,
+    calls: Sequence[RecordedCall] | None = None,
+    device: torch.device | None = None,
+    watched: bool = False,
+) -> ReplayedStep:
+    """Replay the forward and backward passes of a step as the loop made them: same batch, order and randomness.
+
+    On the machine that recorded the run the gradient is the recorded one bit for bit, unless the loop rescaled it
     or added to it.
 
     Args:
@@ -65,14 +92,18 @@ def batch_gradient(
         step: which step.
         dtype: compute in this type instead of the trained ones; then it is not bit for bit the same.
         calls: only what comes through these forward calls of the step; by default all.
+        device: where to compute; by default where the run was recorded, if there is such a device.
+        watched: collect the uses.
     """
-    device = run.device if run.device.type == "cpu" or torch.cuda.is_available() else torch.device("cpu")
+    if device is None:
+        device = run.device if run.device.type == "cpu" or torch.cuda.is_available() else torch.device("cpu")
 
     def load(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         copies = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
         return copies if dtype is None else cast(copies, dtype, device)
 
     params = {name: tensor.requires_grad_() for name, tensor in load(run.params(step)).items()}
+    uses = []
     for call in run.calls(step) if calls is None else calls:
         forward = run_forward(run, call)
         with modes(run.model, call.training.tolist()), restored_rng(call.rng_state, device), torch.enable_grad():
@@ -85,13 +116,16 @@ def batch_gradient(
                 outputs = forward.named(output)
                 if call.kind.part is None:
                     outputs = {"": forward.scalar(outputs, {})}
+            if watched:
+                uses.append(Uses(outputs.values(), params))
             torch.autograd.backward(
                 list(outputs.values()),
                 [call.output_grads[n].to(out) if n in call.output_grads else None for n, out in outputs.items()],
             )
     updated = dict(zip(run.table.names, run.updated[step], strict=True))
     gradients = {name: param.grad for name, param in params.items() if updated[name] and param.grad is not None}
-    return run.table.flatten({name: dense(gradient) for name, gradient in gradients.items()}, dtype)
+    flat = run.table.flatten({name: dense(gradient) for name, gradient in gradients.items()}, dtype)
+    return ReplayedStep(flat, uses)
 
 
 def recorded_rescaling(run: Run, step: int, gradient: Tensor) -> Rescaling:

@@ -1,6 +1,6 @@
 """⟨ψ, g_k⟩: products of adjoint vectors with every example's gradient, split over parameter slices.
 
-All ways are equal to rounding; `choose_products` picks one. Another way is another class with `products`.
+All ways are equal to rounding; `explaind.path.strategy` picks one. Another way is another class with `products`.
 """
 
 from __future__ import annotations
@@ -10,19 +10,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from explaind.path.gradients import call_replay, rows_are_separate
+from explaind.path.gradients import call_replay
 from explaind.path.slices import Slices, layer_products
-from explaind.record import RecordedCall
+from explaind.path.step import Step
 from explaind.run import Run
 
 __all__ = [
+    "ExampleGradients",
     "ExampleProducts",
     "GradientProducts",
     "TangentProducts",
-    "choose_gradients",
-    "choose_products",
-    "count_tokens",
-    "row_split",
 ]
 
 
@@ -33,12 +30,12 @@ class ExampleProducts(Protocol):
     precision: torch.dtype
     """Type that they are exact to, up to rounding."""
 
-    def products(self, step: int, call: RecordedCall, rows: Tensor, psi: Tensor, slices: Slices) -> Tensor:
+    def products(self, step: Step, number: int, rows: Tensor, psi: Tensor, slices: Slices) -> Tensor:
         """⟨ψ_q^{(l)}, g_k^{(l)}⟩ for the given rows of a call.
 
         Args:
             step: the step s whose parameters the gradients are taken at.
-            call: the forward call.
+            number: which of its forward calls.
             rows: which of its rows, `[row]`.
             psi: `[query, element]`.
             slices: the layers l.
@@ -49,33 +46,41 @@ class ExampleProducts(Protocol):
         ...
 
 
+class ExampleGradients(ExampleProducts, Protocol):
+    """A strategy that can also give the gradients themselves."""
+
+    def gradients(self, step: Step, number: int, rows: Tensor) -> list[Tensor]:
+        """g_k of the given rows, in blocks `[row, element]`."""
+        ...
+
+
 class GradientProducts:
     """Per-example gradients in blocks, each block then one matrix product per slice.
 
-    The gradients are those stored, or each row's on its own by vmap(grad), or, for models whose rows cannot be
-    evaluated alone, by one backward pass per row through the recorded batch.
+    The gradients are those stored, or come from one backward pass per row through the recorded batch, for models whose
+    rows cannot be evaluated alone.
     """
 
-    def __init__(self, run: Run, *, dtype: torch.dtype, device: torch.device, separate: bool) -> None:
-        self.name = "stored" if run.stores_example_grads else "vmap" if separate else "rows of the batch"
-        self.precision = (
-            run.table.dtype if run.stores_example_grads and run.table.dtype.itemsize < dtype.itemsize else dtype
-        )
-        self._run, self._dtype, self._device, self._separate = run, dtype, device, separate
+    def __init__(self, run: Run, *, dtype: torch.dtype, device: torch.device) -> None:
+        stored, narrower = run.stores_example_grads, run.table.dtype.itemsize < dtype.itemsize
+        self.name = "stored" if stored else "rows of the batch"
+        self.precision = run.table.dtype if stored and narrower else dtype
+        self._run, self._dtype, self._device = run, dtype, device
 
-    def products(self, step: int, call: RecordedCall, rows: Tensor, psi: Tensor, slices: Slices) -> Tensor:
+    def products(self, step: Step, number: int, rows: Tensor, psi: Tensor, slices: Slices) -> Tensor:
         """See `ExampleProducts.products`."""
         psi = psi.to(self._dtype)
-        blocks = [layer_products(psi, gradients, slices) for gradients in self.gradients(step, call, rows)]
+        blocks = [layer_products(psi, gradients, slices) for gradients in self.gradients(step, number, rows)]
         return torch.cat(blocks, dim=1)[:, :, None]
 
-    def gradients(self, step: int, call: RecordedCall, rows: Tensor) -> list[Tensor]:
-        """g_k of the given rows, in blocks `[row, element]`."""
+    def gradients(self, step: Step, number: int, rows: Tensor) -> list[Tensor]:
+        """See `ExampleGradients.gradients`."""
+        call = self._run.calls(step.index)[number]
         if self._run.stores_example_grads:
             stored = self._run.stored_example_grads(call.rows)[rows]
             return [stored.to(device=self._device, dtype=self._dtype)]
-        replay = call_replay(self._run, step, call, dtype=self._dtype, device=self._device)
-        return list(replay.row_gradients(self._run.table, rows, separate=self._separate))
+        replay = call_replay(self._run, step.index, call, dtype=self._dtype, device=self._device)
+        return list(replay.row_gradients(self._run.table, rows, separate=False))
 
 
 class TangentProducts:
@@ -97,11 +102,12 @@ class TangentProducts:
         self._run, self._num_tokens, self._dtype, self._device = run, num_tokens, dtype, device
         self.precision = dtype
 
-    def products(self, step: int, call: RecordedCall, rows: Tensor, psi: Tensor, slices: Slices) -> Tensor:
+    def products(self, step: Step, number: int, rows: Tensor, psi: Tensor, slices: Slices) -> Tensor:
         """See `ExampleProducts.products`."""
         psi = psi.to(self._dtype)
-        flat = self._run.flat_params(step).to(device=self._device, dtype=self._dtype).requires_grad_()
-        replay = call_replay(self._run, step, call, dtype=self._dtype, device=self._device)
+        call = self._run.calls(step.index)[number]
+        flat = self._run.flat_params(step.index).to(device=self._device, dtype=self._dtype).requires_grad_()
+        replay = call_replay(self._run, step.index, call, dtype=self._dtype, device=self._device)
         with replay.conditions(), torch.enable_grad():
             outputs = replay.outputs(self._run.table.unflatten(flat))
             u = [torch.zeros_like(output, requires_grad=True) for output in outputs.values()]
@@ -132,60 +138,3 @@ class TangentProducts:
                 f"{tuple(products.shape)}."
             )
         return products.reshape(*products.shape[:2], -1).sum(dim=2)
-
-
-def choose_products(run: Run, *, dtype: torch.dtype, device: torch.device) -> GradientProducts | TangentProducts:
-    """Per-example gradients where they are stored or rows can be evaluated alone, else tangents.
-
-    Where torch cannot differentiate a layer's backward pass, that of EmbeddingBag for instance, it is gradients again.
-    """
-    gradients = choose_gradients(run, dtype=dtype, device=device)
-    if gradients.name != "rows of the batch":
-        return gradients
-    tangents = TangentProducts(run, dtype=dtype, device=device)
-    nothing = torch.zeros(1, run.table.num_elements, device=device)
-    try:
-        for step, number in run.call_samples():
-            tangents.products(step, run.calls(step)[number], torch.tensor([0]), nothing, [[slice(None)]])
-    except NotImplementedError:
-        return gradients
-    return tangents
-
-
-def choose_gradients(run: Run, *, dtype: torch.dtype, device: torch.device) -> GradientProducts:
-    """Per-example gradients themselves, in whichever way the model allows."""
-    separate = run.stores_example_grads or rows_are_separate(run, dtype=dtype, device=device)
-    return GradientProducts(run, dtype=dtype, device=device, separate=separate)
-
-
-def row_split(run: Run, products: ExampleProducts) -> str:
-    """What a row's gradient is, in words: its own, or where layers couple the batch, its row's part of the batch's."""
-    if products.name == "vmap":
-        return "each example on its own"
-    for step, number in run.call_samples():
-        replay = call_replay(run, step, run.calls(step)[number], dtype=torch.float64, device=torch.device("cpu"))
-        if replay.couples_rows():
-            return "coupled rows: each has the part of the batch's gradient that enters at its own output"
-    return "rows of the recorded batch, which do not depend on each other"
-
-
-def count_tokens(run: Run) -> int:
-    """Length of the axis after the examples of the model's output, or of the objective's losses.
-
-    Raises:
-        ValueError: there is none.
-    """
-    step, number = run.call_samples()[0]
-    call = run.calls(step)[number]
-    if call.kind.part is None:
-        replay = call_replay(run, step, call, dtype=run.table.dtype, device=torch.device("cpu"))
-        with torch.no_grad(), replay.conditions():
-            shapes = [tuple(losses.shape) for losses in replay.outputs(replay.params).values()]
-    else:
-        shapes = [tuple(cotangent.shape) for cotangent in call.output_grads.values()]
-    if any(len(shape) < 2 for shape in shapes):
-        raise ValueError(
-            "by has 'token', but the model's output (or the objective's losses) has no axis after the examples; its "
-            f"shape is {shapes[0]}."
-        )
-    return shapes[0][1]

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from explaind.calls import rebuild, tensor_names
+from explaind.errors import ExplaindError
 from explaind.outputs import Output
+from explaind.path.factors import Factors, Summed, add_combined
 from explaind.path.kinks import averaged, watched
+from explaind.path.uses import Order, Uses
+from explaind.quadrature import FixedRule
 from explaind.query import Query
 from explaind.replay.model import call_function, cast, modes, vectorizable
 from explaind.run import Run
 
 __all__ = ["QueryFunction"]
 
-_BLOCK_BYTES = 16 << 20
+_NUM_PROBES = 4
 
 
 class QueryFunction:
     """q_j(θ) = Σ_i w_{ji} · output(f(x_i; θ))_i, evaluated in eval mode.
+
+    Queries that depend on their own inputs only are differentiated by one backward pass for all of them, and each
+    one's gradient is put together from what it brings to the rows (`explaind.path.uses`).
 
     Args:
         run: gives the model and the layout of θ.
@@ -51,9 +59,14 @@ class QueryFunction:
         self._function, self._template = query_call(run, query)
         self._inputs = {d: cast(query.arguments, d, device) for d in {dtype, torch.float64}}
         self._fixed = {d: cast(fixed, d, device) for d in {dtype, torch.float64}}
+        self._every = torch.arange(query.num_inputs, device=device)
+        self.separate = isinstance(self._output, Output)
+        """Whether every query is evaluated from its own inputs alone, else all inputs as one batch."""
+        if isinstance(self._output, Output):
+            self._targets = self._output.targets_for(query.num_inputs).to(device)
         trained = run.flat_params(run.num_steps).to(device=device, dtype=torch.float64)
-        with torch.no_grad():
-            scalars = self._scalars(trained)
+        with torch.no_grad(), watched() as kinked:
+            scalars = self._scalars(trained, self._every, checked=True)
         if not isinstance(scalars, Tensor) or scalars.ndim != 1:
             shape = tuple(scalars.shape) if isinstance(scalars, Tensor) else type(scalars).__name__
             raise ValueError(f"the query's output must give one scalar per query, shape [query]; it gave {shape}.")
@@ -70,23 +83,9 @@ class QueryFunction:
         """A label per query."""
         if len(self.names) != len(self._weights):
             raise ValueError(f"{len(self.names)} query names were given for {len(self._weights)} queries.")
-        self.separate = False
-        """Whether every query is evaluated from its own inputs alone, else all inputs as one batch."""
-        if isinstance(self._output, Output):
-            self._targets = self._output.targets_for(query.num_inputs).to(device)
-            self._members, self._member_weights = _pad(self._weights)
-            self.separate = self._separates(trained, self._weights @ scalars)
-
-    def _separates(self, trained: Tensor, values: Tensor) -> bool:
-        """Whether the queries' own inputs give the values that all inputs together give, and can be differentiated."""
-        every = torch.arange(self.num_queries, device=self._device)
-        try:
-            with torch.no_grad():
-                alone = self._per_query(self._scalar, [trained], every, torch.float64)
-            self._per_query(grad(self._scalar), [trained], every[:1], torch.float64)
-        except (RuntimeError, ValueError):  # how vmap and batch layers say that a row cannot be evaluated alone
-            return False
-        return torch.allclose(alone, values, rtol=1e-9, atol=1e-9 * float(values.abs().max()))
+        self.kinked = bool(kinked)
+        """Whether the model computes functions whose slopes jump."""
+        self._orders = self._find_orders(trained, scalars) if self.separate else {}
 
     @property
     def num_queries(self) -> int:
@@ -96,128 +95,205 @@ class QueryFunction:
     def at(self, params: Tensor) -> Tensor:
         """q(θ) of all queries, float64 `[query]`."""
         with torch.no_grad():
-            return self._weights @ self._scalars(params)
+            return self._weights @ self._scalars(params, self._every)
 
-    def values(self, start: Tensor, update: Tensor, positions: Tensor, which: Tensor) -> Tensor:
-        """q(θ + tΔ) of pairs of a query and a position t, float64 `[pair]`."""
-        result = torch.empty(len(which), dtype=torch.float64, device=self._device)
+    def values(self, start: Tensor, update: Tensor, position: float, which: Tensor) -> Tensor:
+        """See `explaind.quadrature.PathFunction.values`."""
+        rows, weights = self._members(which)
         with torch.no_grad():
-            for pairs, (params,) in self._blocks(start, update, [positions], torch.float64):
-                if params.ndim == 1:
-                    result[pairs] = self._weights[which[pairs]] @ self._scalars(params)
-                else:
-                    result[pairs] = self._per_query(self._scalar, [params], which[pairs], torch.float64)
+            return weights @ self._scalars(start + position * update, rows)
+
+    def averages(
+        self, start: Tensor, update: Tensor, ends: tuple[float, float], which: Tensor, rule: FixedRule, *, kinks: bool
+    ) -> Averages:
+        """See `explaind.quadrature.PathFunction.averages`."""
+        rows, weights = self._members(which)
+        result = Averages(self._run, len(which))
+        left, length = ends[0], ends[1] - ends[0]
+        points = [(start + end * update).to(self._dtype) for end in ends] if kinks and self.kinked else []
+        seen = [self._watch(point, rows) for point in points]
+        for node, weight in zip(rule.nodes, rule.weights, strict=True):
+            params = (start + (left + length * node) * update).to(self._dtype)
+            self._differentiate(result, params, rows, length * weight * weights, seen, points)
         return result
 
-    def gradients(
+    def gathered(self, parts: Sequence[tuple[Averages, Tensor, Tensor]]) -> Tensor:
+        """See `explaind.quadrature.PathFunction.gathered`."""
+        total = torch.zeros(self.num_queries, self._run.table.num_elements, dtype=self._dtype, device=self._device)
+        for parameter in self._run.table:
+            found = [
+                part for averages, kept, which in parts for part in averages.of(parameter.name, kept, which, total)
+            ]
+            add_combined(total[:, parameter.slice], found)
+        return total
+
+    def _members(self, which: Tensor) -> tuple[Tensor, Tensor]:
+        """The inputs that some queries need, `[row]`, and their weights in them, `[pair, row]`."""
+        weights = self._weights[which]
+        if not self.separate:
+            return self._every, weights
+        rows = (weights != 0).any(dim=0).nonzero()[:, 0]
+        return rows, weights[:, rows]
+
+    def _differentiate(
         self,
-        start: Tensor,
-        update: Tensor,
-        positions: Tensor,
-        which: Tensor,
-        *,
-        ends: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """∇q(θ + tΔ) of pairs of a query and a position t, `[pair, element]`.
-
-        With `ends`, positions `[pair]` of the sub-interval that each node stands for, ReLUs are differentiated by
-        their average slope over it.
-        """
-        blocks = []
-        for pairs, (params, *at_ends) in self._blocks(start, update, [positions, *(ends or ())], self._dtype):
-            if self.separate:
-                tensors = self._per_query(grad(self._scalar), [params, *at_ends], which[pairs], self._dtype)
-                blocks.append(self._run.table.flatten_rows(tensors))
-            else:
-                # Plain autograd differentiates what torch.func cannot, such as checkpoints and custom functions.
-                leaf = params.requires_grad_()
-                with torch.enable_grad():
-                    scalars = self._scalars(leaf, at_ends)
-                cotangents = self._weights[which[pairs]].to(self._dtype)
-                rows = [torch.autograd.grad(scalars, leaf, c, retain_graph=True)[0] for c in cotangents]
-                blocks.append(torch.stack(rows))
-        return torch.cat(blocks) if len(blocks) > 1 else blocks[0]
-
-    def _blocks(
-        self, start: Tensor, update: Tensor, positions: list[Tensor], dtype: torch.dtype
-    ) -> Iterator[tuple[slice, list[Tensor]]]:
-        """Split the pairs into consecutive blocks that are evaluated at once.
-
-        Yields the pairs, and θ + tΔ for each list of positions: one vector `[element]` where all pairs of the block
-        have the same ones, else `[pair, element]`.
-        """
-        block = max(1, _BLOCK_BYTES // (len(start) * dtype.itemsize))
-        shared = not self.separate or bool((positions[0] == positions[0][0]).all())
-        first = 0
-        while first < len(positions[0]):
-            last = min(first + block, len(positions[0]))
-            if shared:
-                other = (positions[0][first:last] != positions[0][first]).nonzero()
-                last = first + int(other[0]) if len(other) else last
-            part = slice(first, last)
-            at = [t[first] if shared else t[part, None] for t in positions]
-            yield part, [(start + t * update).to(dtype) for t in at]
-            first = last
-
-    def _scalars(self, params: Tensor, ends: Sequence[Tensor] = ()) -> Tensor:
-        """The output's scalars of all inputs in the type of `params`, `[input]`."""
-        inputs, unflatten = self._inputs[params.dtype], self._run.table.unflatten
-        with modes(self._run.model, False), vectorizable(self._run.model):
-            return self._output(self._evaluate(unflatten(params), inputs, [unflatten(end) for end in ends]))
-
-    def _scalar(
-        self,
-        tensors: dict[str, Tensor],
-        inputs: dict[str, Tensor],
-        targets: Tensor,
+        result: Averages,
+        params: Tensor,
+        rows: Tensor,
         weights: Tensor,
-        ends: Sequence[dict[str, Tensor]],
-    ) -> Tensor:
-        """One query from its own inputs."""
-        assert isinstance(self._output, Output)
-        output = self._output.pick(self._evaluate(tensors, inputs, ends))
-        return (self._output.function(output, targets) * weights).sum()
+        seen: Sequence[dict[str, Tensor]],
+        ends: Sequence[Tensor],
+    ) -> None:
+        """Add Σ_i w_i ∇ of the inputs' scalars at θ to a result."""
+        table, weights = self._run.table, weights.to(params.dtype)
+        leaves = {name: tensor.requires_grad_() for name, tensor in table.unflatten(params.detach()).items()}
+        single = len(weights) == 1
+        with torch.enable_grad():
+            scalars = self._scalars(leaves, rows, averaged(*seen) if seen else nullcontext())
+        if single or not self.separate:
+            every = [
+                torch.autograd.grad(scalars, list(leaves.values()), w, retain_graph=not single, materialize_grads=True)
+                for w in weights
+            ]
+            each = torch.eye(len(weights), dtype=params.dtype, device=params.device)
+            for name, gradients in zip(leaves, zip(*every, strict=True), strict=True):
+                result.add(name, Summed(torch.stack(gradients)), each)
+            return
+        uses = Uses([scalars], leaves)
+        scalars.sum().backward()
+        rest = []
+        for name in table.names:
+            factors = uses.factors(name, len(rows), self._orders.get(name))
+            if factors is None:
+                rest.append(name)
+            for part in factors or ():
+                result.add(name, part, weights)
+        if rest:
+            alone = self._rows_alone({name: leaves[name] for name in rest}, leaves, rows, ends if seen else ())
+            for name in rest:
+                result.add(name, Summed(alone[name]), weights)
 
-    def _evaluate(
-        self, tensors: dict[str, Tensor], inputs: dict[str, Tensor], ends: Sequence[dict[str, Tensor]]
-    ) -> Any:
-        """The model's output, with ReLUs that are differentiated by their average slope between two ends, if given."""
-        fixed = self._fixed[next(iter(tensors.values())).dtype]
+    def _rows_alone(
+        self, wanted: dict[str, Tensor], others: Mapping[str, Tensor], rows: Tensor, ends: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        """Gradients of single inputs' scalars by some parameters, by vmap, `{name: [row, *shape]}`."""
+        fixed = {name: tensor.detach() for name, tensor in others.items() if name not in wanted}
+        tensors = [self._run.table.unflatten(end) for end in ends]
 
-        def call(params: dict[str, Tensor]) -> Any:
-            args, kwargs = rebuild(self._template, inputs)
-            return call_function(self._function, self._run.model, {**fixed, **params}, args, kwargs)
+        def scalar(params: dict[str, Tensor], inputs: dict[str, Tensor], target: Tensor) -> Tensor:
+            assert isinstance(self._output, Output)
+            seen = []
+            for end in tensors:
+                with watched() as arguments:
+                    self._evaluate(end, inputs)
+                seen.append(arguments)
+            with averaged(*seen) if seen else nullcontext():
+                output = self._output.pick(self._evaluate({**fixed, **params}, inputs))
+            return self._output.function(output, target).sum()
 
-        if not ends:
-            return call(tensors)
-        seen = []
-        for end in ends:
-            with watched() as arguments:
-                call(end)
-            seen.append(arguments)
-        with averaged(*seen):
-            return call(tensors)
-
-    def _per_query(self, function: Callable[..., Any], params: list[Tensor], which: Tensor, dtype: torch.dtype) -> Any:
-        """Vectorise a function of one query, like `_scalar`, over queries that only look at their own inputs.
-
-        Args:
-            function: see `_scalar`.
-            params: θ at the node and, if slopes are to be averaged, at both ends.
-            which: the queries.
-            dtype: type to compute in.
-        """
-        members = self._members[which]
-        tensors, *ends = (self._run.table.unflatten(p) for p in params)
-        along = 0 if params[0].ndim == 2 else None
+        dtype = next(iter(wanted.values())).dtype
+        chosen = {name: tensor[rows].unsqueeze(1) for name, tensor in self._inputs[dtype].items()}
+        params = {name: tensor.detach() for name, tensor in wanted.items()}
         with modes(self._run.model, False), vectorizable(self._run.model):
-            return vmap(function, in_dims=(along, 0, 0, 0, along))(
-                tensors,
-                {name: values[members] for name, values in self._inputs[dtype].items()},
-                self._targets[members],
-                self._member_weights[which].to(dtype),
-                ends,
+            gradients: dict[str, Tensor] = vmap(grad(scalar), in_dims=(None, 0, 0))(
+                params, chosen, self._targets[rows].unsqueeze(1)
             )
+        return gradients
+
+    def _watch(self, params: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        """Arguments of the kinked functions at θ."""
+        with torch.no_grad(), watched() as seen:
+            self._scalars(params, rows)
+        return seen
+
+    def _find_orders(self, trained: Tensor, scalars: Tensor) -> dict[str, Order]:
+        """Where the inputs' rows lie in the operations; settles whether the queries are separate."""
+        orders: dict[str, list[Order]] = {name: list(get_args(Order)) for name in self._run.table.names}
+        generator = torch.Generator().manual_seed(0)
+        probes = torch.randperm(len(scalars), generator=generator)[:_NUM_PROBES].to(self._device)
+        leaves = {name: t.requires_grad_() for name, t in self._run.table.unflatten(trained.detach()).items()}
+        try:
+            with torch.enable_grad():
+                together = self._scalars(leaves, self._every)
+            uses = Uses([together], leaves)
+            together.sum().backward()
+            for row in probes:
+                with torch.enable_grad():
+                    alone = self._scalars(leaves, row[None])
+                self.separate &= torch.allclose(alone, scalars[row], rtol=1e-9, atol=1e-9 * float(scalars.abs().max()))
+                gradients = torch.autograd.grad(alone.sum(), list(leaves.values()), materialize_grads=True)
+                for name, expected in zip(leaves, gradients, strict=True):
+                    fitting = uses.orders(name, int(row), len(scalars), expected)
+                    orders[name] = [order for order in orders[name] if order in fitting]
+            rest = {name: leaves[name] for name, left in orders.items() if not left}
+            if rest and self.separate:
+                self._rows_alone(rest, leaves, probes[:1], ())
+        except ExplaindError:
+            raise
+        except (RuntimeError, ValueError):  # how vmap and batch layers say that a row cannot be evaluated alone
+            self.separate = False
+        return {name: left[0] for name, left in orders.items() if left}
+
+    def _scalars(
+        self,
+        params: Tensor | Mapping[str, Tensor],
+        rows: Tensor,
+        slopes: AbstractContextManager[None] | None = None,
+        *,
+        checked: bool = False,
+    ) -> Tensor:
+        """The output's scalars of some inputs in the type of the parameters, `[row]`."""
+        tensors = self._run.table.unflatten(params) if isinstance(params, Tensor) else params
+        inputs = self._inputs[next(iter(tensors.values())).dtype]
+        if len(rows) < len(self._every):
+            inputs = {name: tensor[rows] for name, tensor in inputs.items()}
+        with modes(self._run.model, False), vectorizable(self._run.model), slopes or nullcontext():
+            output = self._evaluate(tensors, inputs)
+            if checked or not isinstance(self._output, Output):
+                return self._output(output)
+            return self._output.function(self._output.pick(output), self._targets[rows])
+
+    def _evaluate(self, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Any:
+        """The model's output."""
+        fixed = self._fixed[next(iter(tensors.values())).dtype]
+        args, kwargs = rebuild(self._template, inputs)
+        return call_function(self._function, self._run.model, {**fixed, **tensors}, args, kwargs)
+
+
+class Averages:
+    """Average gradients of some queries, as factors of the inputs' rows and the weights of these in the queries."""
+
+    def __init__(self, run: Run, num_queries: int) -> None:
+        self._table, self._num_queries = run.table, num_queries
+        self._parts: dict[str, list[tuple[Factors, Tensor]]] = {name: [] for name in run.table.names}
+
+    def add(self, name: str, factors: Factors, weights: Tensor) -> None:
+        """Add a parameter's rows with weights `[query, row]`."""
+        self._parts[name].append((factors, weights))
+
+    def of(self, name: str, kept: Tensor, which: Tensor, total: Tensor) -> Iterator[tuple[Factors, Tensor]]:
+        """A parameter's factors with the kept queries' weights, in the rows `which` of `total [query, …]`."""
+        for factors, weights in self._parts[name]:
+            spread = weights.new_zeros(len(total), weights.shape[1])
+            yield factors, spread.index_copy_(0, which, weights[kept])
+
+    def products(self, update: Tensor) -> Tensor:
+        """See `explaind.quadrature.Averages.products`."""
+        return self._sum(update, absolute=False)
+
+    def rounding(self, update: Tensor) -> Tensor:
+        """See `explaind.quadrature.Averages.rounding`."""
+        dtype = next(weights.dtype for parts in self._parts.values() for _, weights in parts)
+        return torch.finfo(dtype).eps * self._sum(update.abs(), absolute=True)
+
+    def _sum(self, update: Tensor, *, absolute: bool) -> Tensor:
+        total = torch.zeros(self._num_queries, dtype=torch.float64, device=update.device)
+        for parameter in self._table:
+            for factors, weights in self._parts[parameter.name]:
+                vector = update[parameter.slice].to(weights.dtype).reshape(1, *parameter.shape)
+                own, weight = (factors.absolute(), weights.abs()) if absolute else (factors, weights)
+                total += weight.to(torch.float64) @ own.products(vector)[0].to(torch.float64)
+        return total
 
 
 def query_call(run: Run, query: Query) -> tuple[Callable[..., Any], dict[str, Any]]:
@@ -252,10 +328,3 @@ def query_call(run: Run, query: Query) -> tuple[Callable[..., Any], dict[str, An
 
 def _call_model(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return model(*args, **kwargs)
-
-
-def _pad(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The inputs that each query has, padded to the same number by inputs of weight zero: `[query, member]` twice."""
-    width = max(1, int((weights != 0).sum(dim=1).max()))
-    members = (weights != 0).to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :width]
-    return members, weights.gather(1, members)

@@ -2,9 +2,13 @@
 
 From the last step down, with a_s = buffer_gain, p_s = previous_gain and b_s = gradient_gain of `LinearFilter`, and
 with φ'_s = leftᵀ · φ_s · rightᵀ, which is φ_s but for optimizers with a matrix factor:
-    r_s = a_s ⊙ φ'_s + retain_{s+1} ⊙ r_{s+1} + p_{s+1} ⊙ φ'_{s+1},    ψ_s = intake_s ⊙ r_s + b_s ⊙ φ'_s
+    r_s = a_s ⊙ φ'_s + C_{s+1},    C_s = retain_s ⊙ r_s + p_s ⊙ φ'_s,    ψ_s = intake_s ⊙ r_s + b_s ⊙ φ'_s
     contribution[q, k, s, l] = − ⟨ψ_s^{(l)}, g_{k,s}^{(l)}⟩
-Memory is queries × D, whatever the number of examples and steps.
+Memory is queries × D, whatever the number of examples and steps. With m_s the momentum buffer, the terms of a step sum
+to
+    ⟨φ_s, Δ_s⟩ + ⟨C_s, m_{s−1}⟩ − ⟨C_{s+1}, m_s⟩,
+whose last two parts cancel between the steps. That sum is taken in float64, whatever type the terms are computed in;
+what their own arithmetic has lost of it is rounding, and must be no more than that.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from torch import Tensor
 
 from explaind.errors import VerificationError
 from explaind.path.products import ExampleProducts
-from explaind.path.slices import complement, dot
+from explaind.path.slices import dot, layer_of
 from explaind.path.sources import Sources
 from explaind.path.step import Step, StepTerms
 from explaind.run import Run
@@ -31,10 +35,13 @@ _CANCELLED_UNITS = 256
 """Rounding of the entries of a product that cancel, in units of their size: that of a few layers' backward pass."""
 _VANISHED_UNITS = 1 << 14
 """Rounding of a gradient that is zero in exact numbers, in units of the largest: layers that normalise magnify it."""
+_ARITHMETIC_UNITS = 64
+"""Rounding of the sweep's own sums, in units of the product of the norms."""
+_DECAY, _OTHER, _ROUNDING, _EXAMPLES = range(4)
 
 
 class ReverseSweep:
-    """Carries r from step to step; feed it the steps from last to first.
+    """Carries C from step to step; feed it the steps from last to first.
 
     Args:
         run: the run.
@@ -56,85 +63,156 @@ class ReverseSweep:
         first: int,
     ) -> None:
         self._run, self._products, self._sources, self._slices = run, products, sources, slices
-        self._num_tokens = num_tokens
-        self._rest = [complement(slices, run.table.num_elements)]
-        self._first = first
-        self._carried: Tensor | float = 0.0
+        self._num_tokens, self._first = num_tokens, first
+        # What belongs to no layer that was asked for has a column of its own, the last.
+        layers = [(parameter, layer_of(parameter, slices)) for parameter in run.table]
+        self._columns = [(parameter, len(slices) if layer is None else layer) for parameter, layer in layers]
+        self._carried = self._psi = torch.empty(0)
+        self._held: Tensor | None = None
+        """⟨C_{s+1}, m_s⟩ of the step that was fed in last, `[query, column]`."""
 
     def skip(self, step: Step, phi: Tensor) -> Tensor:
         """Pass a step whose terms are not asked for; returns their sum `[query]`."""
-        adjoint, psi = self._advance(step, phi)
-        return self._undivided(step, phi, adjoint, psi, [[slice(None)]])
+        self._advance(step, phi)
+        return self._exact_sum(step, phi).sum(dim=1)
 
     def terms(self, step: Step, phi: Tensor) -> StepTerms:
         """The terms of a step, from φ_s `[query, element]`."""
-        f, slices = step.filter, self._slices
-        adjoint, psi = self._advance(step, phi)
-        signed = psi * f.sign
-        decay = -dot(psi, f.coupled_decay * step.params, slices)
-        decay -= dot(phi, f.decoupled_decay * step.params, slices)
-        other, rounding = (
-            dot(phi, update, slices) - dot(adjoint, buffer, slices) - dot(signed, gradient, slices)
-            for update, buffer, gradient in zip(
-                step.update_error, step.buffer_error, step.foreign_gradient, strict=True
-            )
-        )
-        omitted = self._undivided(step, phi, adjoint, psi, self._rest)
-        from_examples = -dot(signed, step.example_gradient_sum, slices)
+        sums = self._advance(step, phi)
+        exact = self._exact_sum(step, phi)
+        omitted = exact[:, -1]
+        lost = exact - sums.sum(dim=0)
+        self._check_arithmetic(step, phi, lost, sums.abs().sum(dim=(0, 2)))
+        decay, other, rounding, from_examples = (part[:, :-1] for part in sums)
+        rounding = rounding + lost[:, :-1]
         contribution = from_examples[:, None, None]
         if self._products is not None:
-            contribution, spread = self._contributions(step, signed * step.gradient_scale)
+            weights = (
+                self._psi if step.is_unscaled else self._psi * (step.filter.sign * step.gradient_scale).to(phi.dtype)
+            )
+            contribution, spread = self._contributions(step, weights)
             lost = from_examples - contribution.sum(dim=(1, 2))
             if self._sources.restricted:
-                omitted += lost.sum(dim=1)
+                omitted = omitted + lost.sum(dim=1)
             else:
-                check_example_sum(step, lost, spread, signed * step.gradient_scale, slices, self._products.precision)
+                check_example_sum(step, lost, spread, weights, self._slices, self._products.precision)
                 rounding = rounding + lost
-        if step.index == self._first and isinstance(self._carried, Tensor):
+        if step.index == self._first and self._held is not None:
             # The buffer as it was before: it belongs to earlier steps, or to before the recording.
-            brought = -dot(self._carried, step.buffer_before, slices)
-            omitted -= dot(self._carried, step.buffer_before, self._rest).sum(dim=1)
+            brought = -self._held
+            omitted = omitted + brought[:, -1]
             if self._first == 0:
-                other = other + brought
+                other = other + brought[:, :-1]
             else:
-                omitted += brought.sum(dim=1)
+                omitted = omitted + brought[:, :-1].sum(dim=1)
         return StepTerms(contribution=contribution, decay=decay, other=other, rounding=rounding, omitted=omitted)
 
-    @staticmethod
-    def _undivided(step: Step, phi: Tensor, adjoint: Tensor, psi: Tensor, slices: list[list[slice]]) -> Tensor:
-        """Sum of all terms of a step over some slices, without telling them apart, `[query]`."""
+    def _advance(self, step: Step, phi: Tensor) -> Tensor:
+        """C_s and ψ_s; returns decay, other, rounding and the examples' part, float64 `[4, query, column]`."""
         f = step.filter
-        change = -dot(psi, f.sign * step.gradient + f.coupled_decay * step.params, slices)
-        change += dot(
-            phi, sum(step.update_error, start=torch.zeros_like(step.params)) - f.decoupled_decay * step.params, slices
+        if self._carried.shape != phi.shape:
+            self._carried, self._psi = torch.zeros_like(phi), torch.empty_like(phi)
+        on_phi = _Targets(phi, {_DECAY: -f.decoupled_decay * step.params} | _errors(1, step.update_error))
+        on_r = _Targets(phi, _errors(-1, step.buffer_error))
+        on_psi = _Targets(
+            phi,
+            {_DECAY: -f.coupled_decay * step.params, _EXAMPLES: -f.sign * step.example_gradient_sum}
+            | _errors(-f.sign, step.foreign_gradient),
         )
-        change -= dot(adjoint, sum(step.buffer_error, start=torch.zeros_like(step.params)), slices)
-        return change.sum(dim=1)
+        gain, retain, intake = (x.to(phi.dtype) for x in (f.buffer_gain, f.retain, f.intake))
+        previous_gain, gradient_gain = (
+            x.to(phi.dtype) if bool(x.any()) else None for x in (f.previous_gain, f.gradient_gain)
+        )
+        sums = torch.zeros(4, len(phi), len(self._slices) + 1, dtype=torch.float64, device=phi.device)
+        # One parameter at a time, so that what is computed stays in the cache.
+        for parameter, column in self._columns:
+            part = parameter.slice
+            seen = f.adjoint(phi[:, part], parameter)
+            r = torch.addcmul(self._carried[:, part], seen, gain[part])
+            psi = torch.mul(r, intake[part], out=self._psi[:, part])
+            carried = torch.mul(r, retain[part], out=self._carried[:, part])
+            if gradient_gain is not None:
+                psi.addcmul_(seen, gradient_gain[part])
+            if previous_gain is not None:
+                carried.addcmul_(seen, previous_gain[part])
+            for targets, vectors in ((on_phi, phi[:, part]), (on_r, r), (on_psi, psi)):
+                targets.add(sums[:, :, column], vectors, part)
+        return sums
 
-    def _advance(self, step: Step, phi: Tensor) -> tuple[Tensor, Tensor]:
-        """r_s and ψ_s."""
-        f = step.filter
-        phi = f.adjoint(phi)
-        adjoint = f.buffer_gain * phi + self._carried
-        self._carried = f.retain * adjoint + f.previous_gain * phi
-        return adjoint, f.intake * adjoint + f.gradient_gain * phi
+    def _exact_sum(self, step: Step, phi: Tensor) -> Tensor:
+        """⟨φ_s, Δ_s⟩ + ⟨C_s, m_{s−1}⟩ − ⟨C_{s+1}, m_s⟩ once C_s is known, float64 `[query, column]`."""
+        shape = len(phi), len(self._slices) + 1
+        moved, held = (torch.zeros(shape, dtype=torch.float64, device=phi.device) for _ in range(2))
+        for parameter, column in self._columns:
+            part = parameter.slice
+            moved[:, column] += phi[:, part].to(torch.float64) @ step.update[part]
+            held[:, column] += self._carried[:, part].to(torch.float64) @ step.buffer_before[part]
+        total = moved + held
+        if self._held is not None:
+            total -= self._held
+        self._held = held
+        return total
 
-    def _contributions(self, step: Step, psi: Tensor) -> tuple[Tensor, Tensor]:
-        """−⟨ψ, g_k⟩ gathered by source, `[query, source, token, layer]`, and Σ_k |⟨ψ, g_k⟩| `[query, layer]`."""
-        total = psi.new_zeros(len(psi), len(self._sources), self._num_tokens, len(self._slices))
-        spread = psi.new_zeros(len(psi), len(self._slices))
-        for source, products in self._row_products(step, psi):
-            total.index_add_(1, source.to(psi.device), -products)
+    def _check_arithmetic(self, step: Step, phi: Tensor, lost: Tensor, size: Tensor) -> None:
+        """The terms of a step must sum to what it did, up to the rounding of their own arithmetic.
+
+        Args:
+            step: the step.
+            phi: φ_s, `[query, element]`.
+            lost: what they miss of it, `[query, layer]`.
+            size: sum of their absolute values, `[query]`.
+
+        Raises:
+            VerificationError: they do not.
+        """
+        unit = _ARITHMETIC_UNITS * torch.finfo(phi.dtype).eps
+        missing = lost.abs().sum(dim=1)
+        if bool((missing <= unit * size).all()):
+            return
+        pairs = ((phi, step.update), (self._carried, step.buffer_before), (self._psi, step.gradient))
+        size = size + sum(vectors.norm(dim=1) * flat.norm() for vectors, flat in pairs)
+        if not bool((missing <= unit * size).all()):
+            raise VerificationError(
+                f"the terms of step {step.index} miss what it did by {float((missing / size).max()):.1e} of their "
+                "size, more than rounding: the linear filter of the optimizer's rule does not give its update."
+            )
+
+    def _contributions(self, step: Step, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """−⟨w, g_k⟩ gathered by source, `[query, source, token, layer]`, and Σ_k |⟨w, g_k⟩| `[query, layer]`."""
+        shape = len(weights), len(self._sources), self._num_tokens, len(self._slices)
+        total = torch.zeros(shape, dtype=torch.float64, device=weights.device)
+        spread = torch.zeros(shape[0], shape[3], dtype=torch.float64, device=weights.device)
+        for source, products in self._row_products(step, weights):
+            total.index_add_(1, source.to(weights.device), products, alpha=-1)
             spread += products.abs().sum(dim=(1, 2))
         return total, spread
 
-    def _row_products(self, step: Step, psi: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def _row_products(self, step: Step, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         assert self._products is not None
-        for call in self._run.calls(step.index):
+        for number, call in enumerate(self._run.calls(step.index)):
             rows, source = self._sources.locate(call.examples)
             if len(rows):
-                products = self._products.products(step.index, call, rows, psi, self._slices)
+                products = self._products.products(step, number, rows, weights, self._slices)
                 yield source, products.to(torch.float64)
+
+
+class _Targets:
+    """Vectors `[element]` that others are multiplied with, and where the products are added; zero ones are left out."""
+
+    def __init__(self, like: Tensor, vectors: dict[int, Tensor]) -> None:
+        kept = {target: vector for target, vector in vectors.items() if bool(vector.any())}
+        self._targets = list(kept)
+        self._stacked = torch.stack(list(kept.values())).to(like.dtype).T if kept else None
+
+    def add(self, sums: Tensor, vectors: Tensor, part: slice) -> None:
+        """Add the products with `vectors [query, part]` to `sums [target, query]`."""
+        if self._stacked is not None:
+            sums[self._targets] += (vectors @ self._stacked[part]).T.to(sums.dtype)
+
+
+def _errors(sign: Tensor | int, pair: tuple[Tensor, Tensor]) -> dict[int, Tensor]:
+    """A pair (other, rounding) of vectors by their targets."""
+    return {_OTHER: sign * pair[0], _ROUNDING: sign * pair[1]}
 
 
 def check_example_sum(
@@ -154,10 +232,13 @@ def check_example_sum(
         VerificationError: they do not.
     """
     unit, trained, total = torch.finfo(dtype).eps, torch.finfo(step.recorded_dtype).eps, spread.sum(dim=1)
+    usual = _SUMMED_UNITS * max(unit, trained) * total
+    if bool((lost.sum(dim=1).abs() <= usual).all()):
+        return
     # Where the entries of every single product cancel, its parts are nothing but their rounding.
     size = dot(weights.abs(), step.replayed_gradient.abs(), slices).sum(dim=1)
     cancelled = _CANCELLED_UNITS * unit * size + 1e-300
-    if bool((lost.sum(dim=1).abs() <= _SUMMED_UNITS * max(unit, trained) * total + cancelled).all()):
+    if bool((lost.sum(dim=1).abs() <= usual + cancelled).all()):
         return
     # Gradients of nearly fitted examples are rounded coarsely in float32: their parts may be nearer to the exact sum.
     exact = step.exact_example_gradient_sum
@@ -166,7 +247,7 @@ def check_example_sum(
     # Gradients of a batch that a normalisation maps to a constant are nothing but rounding, whatever they weigh.
     largest, noise = exact.abs().max(), _VANISHED_UNITS * unit
     vanished = (exact.abs() <= _VANISHED_UNITS * torch.finfo(torch.float64).eps * largest) & (exact != 0)
-    cancelled += noise * largest * dot(weights.abs(), vanished.to(weights.dtype), slices).sum(dim=1)
+    cancelled += noise * largest * dot(weights.abs(), vanished.to(torch.float64), slices).sum(dim=1)
     if not bool((missing <= _LARGEST_LOSS.get(dtype, 3e-3) * total + cancelled).all()):
         raise VerificationError(
             f"the examples' parts of step {step.index} do not sum to its gradient (off by "

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Slices", "complement", "dot", "layer_products"]
+from explaind.parameters import Parameter
+
+__all__ = ["Slices", "complement", "dot", "layer_of", "layer_products"]
 
 Slices = Sequence[Sequence[slice]]
 """For each layer the parts of the flat vector that belong to it."""
@@ -21,8 +23,22 @@ def layer_products(left: Tensor, right: Tensor, slices: Slices) -> Tensor:
 
 
 def dot(vectors: Tensor, flat: Tensor, slices: Slices) -> Tensor:
-    """⟨v_q^{(l)}, w^{(l)}⟩ of `vectors [query, element]` and one flat vector, `[query, layer]`."""
-    return layer_products(vectors, flat[None], slices)[:, 0]
+    """⟨v_q^{(l)}, w^{(l)}⟩ of `vectors [query, element]` and one flat vector in its type, `[query, layer]`."""
+    result = flat.new_zeros(len(vectors), len(slices))
+    for layer, parts in enumerate(slices):
+        for part in parts:
+            result[:, layer] += vectors[:, part].to(flat.dtype) @ flat[part]
+    return result
+
+
+def layer_of(parameter: Parameter, slices: Slices) -> int | None:
+    """Which layer a parameter belongs to; None if to none."""
+    for layer, parts in enumerate(slices):
+        for part in parts:
+            first, last, _ = part.indices(parameter.slice.stop)
+            if first <= parameter.slice.start and parameter.slice.stop <= last:
+                return layer
+    return None
 
 
 def complement(slices: Slices, num_elements: int) -> list[slice]:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from explaind.errors import ModelMismatchError
 from explaind.optimizers import LinearFilter, ParameterStep
-from explaind.parameters import Parameter
-from explaind.path.gradients import batch_gradient, recorded_rescaling
+from explaind.parameters import Parameter, ParameterTable
+from explaind.path.gradients import ReplayedStep, recorded_rescaling, replay_step
+from explaind.path.uses import Uses
 from explaind.replay.call import SAME_GRADIENT
 from explaind.rescaling import Rescaling
 from explaind.run import Run
@@ -38,27 +39,32 @@ class FlatFilter:
     decoupled_decay: Tensor
     buffer_roundoff: Tensor
     update_roundoff: Tensor
-    factors: list[tuple[Parameter, Tensor | None, Tensor | None]]
-    """The parameters that have a matrix on the left or on the right, with the two of them."""
+    table: ParameterTable
+    factors: dict[str, tuple[Tensor | None, Tensor | None]]
+    """The matrices on the left and on the right of the parameters that have any, by name."""
 
     def multiplied(self, vector: Tensor) -> Tensor:
-        """The products left · v · right of every parameter, for v `[…, element]`."""
-        return self._multiply(vector, transposed=False)
-
-    def adjoint(self, phi: Tensor) -> Tensor:
-        """The products leftᵀ · φ · rightᵀ, so that ⟨φ, left · v · right⟩ = ⟨adjoint(φ), v⟩, for φ `[…, element]`."""
-        return self._multiply(phi, transposed=True)
-
-    def _multiply(self, vectors: Tensor, *, transposed: bool) -> Tensor:
-        products = vectors.clone() if self.factors else vectors
-        for parameter, left, right in self.factors:
-            matrix = vectors[..., parameter.slice].unflatten(-1, parameter.shape)
-            if left is not None:
-                matrix = (left.T if transposed else left) @ matrix
-            if right is not None:
-                matrix = matrix @ (right.T if transposed else right)
-            products[..., parameter.slice] = matrix.flatten(start_dim=-2)
+        """The products left · v · right of every parameter, for v `[element]`."""
+        products = vector.clone() if self.factors else vector
+        for name, (left, right) in self.factors.items():
+            parameter = self.table[self.table.names.index(name)]
+            matrix = vector[parameter.slice].unflatten(-1, parameter.shape)
+            products[parameter.slice] = _between(matrix, left, right).flatten()
         return products
+
+    def adjoint(self, phi: Tensor, parameter: Parameter) -> Tensor:
+        """leftᵀ · φ · rightᵀ of one parameter, for φ `[query, element]`: ⟨φ, left · v · right⟩ = ⟨adjoint(φ), v⟩."""
+        left, right = self.factors.get(parameter.name, (None, None))
+        if left is None and right is None:
+            return phi
+        transposed = (None if factor is None else factor.T.to(phi.dtype) for factor in (left, right))
+        return _between(phi.unflatten(-1, parameter.shape), *transposed).flatten(start_dim=-2)
+
+
+def _between(matrix: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """The product left · matrix · right with the factors that there are."""
+    matrix = matrix if left is None else left @ matrix
+    return matrix if right is None else matrix @ right
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +86,8 @@ class StepTerms:
 class Step:
     """Step s of a run in float64: vectors of the derivation, each `[element]`."""
 
-    def __init__(self, run: Run, index: int, device: torch.device) -> None:
-        self._run, self._device = run, device
+    def __init__(self, run: Run, index: int, device: torch.device, *, rows_dtype: torch.dtype | None = None) -> None:
+        self._run, self._device, self._rows_dtype = run, device, rows_dtype
         self.index = index
         self.params = self._load(run.flat_params(index))
         """θ_s"""
@@ -111,17 +117,49 @@ class Step:
     @cached_property
     def replayed_gradient(self) -> Tensor:
         """Σ_k of the examples' gradients in the training's own type, before they were rescaled."""
-        return self._load(batch_gradient(self._run, self.index))
+        return self._load(self._replayed.gradient)
 
     @cached_property
     def exact_example_gradient_sum(self) -> Tensor:
         """Σ_k g_{k,s} in float64, without the rounding of the training's own type and without its rescaling."""
-        return self._load(batch_gradient(self._run, self.index, dtype=torch.float64))
+        return self._load(self._exactly_replayed.gradient)
+
+    @cached_property
+    def uses(self) -> list[Uses]:
+        """Of every forward call, what its rows' own gradients are made of, in the type `rows_dtype`."""
+        if self._is_trained_in(self._rows_dtype):
+            return self._replayed.uses
+        if self._rows_dtype == torch.float64:
+            return self._exactly_replayed.uses
+        replayed = replay_step(self._run, self.index, dtype=self._rows_dtype, device=self._device, watched=True)
+        return replayed.uses
+
+    @cached_property
+    def _replayed(self) -> ReplayedStep:
+        return replay_step(self._run, self.index, watched=self._is_trained_in(self._rows_dtype))
+
+    @cached_property
+    def _exactly_replayed(self) -> ReplayedStep:
+        watched = self._rows_dtype == torch.float64
+        return replay_step(self._run, self.index, dtype=torch.float64, device=self._device, watched=watched)
+
+    def _is_trained_in(self, dtype: torch.dtype | None) -> bool:
+        """Whether the loop computed this step in one type only, and in the one place."""
+        return (
+            {parameter.dtype for parameter in self._run.table} == {dtype}
+            and self._run.device.type == self._device.type
+            and not any(call.kind.autocast for call in self._run.calls(self.index))
+        )
 
     @cached_property
     def gradient_scale(self) -> Tensor:
         """By which factor clipping or loss scaling multiplied each entry of the backward pass's gradient."""
         return self._rescaling.factor(self.replayed_gradient)
+
+    @cached_property
+    def is_unscaled(self) -> bool:
+        """Whether the optimizer took the backward pass's gradient as it was."""
+        return bool((self.gradient_scale == 1).all()) and bool((self.filter.sign == 1).all())
 
     @cached_property
     def _rescaling(self) -> Rescaling:
@@ -154,11 +192,12 @@ class Step:
         ]
         return FlatFilter(
             **{field: self._flatten([getattr(own, field) for own in filters]) for field in _FLAT_FIELDS},
-            factors=[
-                (parameter, own.left, own.right)
+            table=table,
+            factors={
+                parameter.name: (own.left, own.right)
                 for parameter, own in zip(table, filters, strict=True)
                 if own.left is not None or own.right is not None
-            ],
+            },
         )
 
     def _flatten(self, values: Sequence[Tensor | float]) -> Tensor:

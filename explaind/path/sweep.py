@@ -11,20 +11,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from explaind.path.averaged import ExplainedPath
+from explaind.path.factored import FactorProducts
 from explaind.path.forward import ForwardSweep
 from explaind.path.gradients import batch_gradient
-from explaind.path.products import (
-    ExampleProducts,
-    GradientProducts,
-    TangentProducts,
-    choose_gradients,
-    choose_products,
-)
+from explaind.path.products import ExampleGradients, ExampleProducts, TangentProducts
 from explaind.path.queries import QueryFunction
 from explaind.path.reverse import ReverseSweep
 from explaind.path.slices import dot
 from explaind.path.sources import Sources
 from explaind.path.step import Step, StepTerms
+from explaind.path.strategy import choose_gradients, choose_products
 from explaind.quadrature import Quadrature, StepIntegral, integrate
 from explaind.run import Run
 
@@ -55,12 +51,13 @@ class Sweep:
     ) -> None:
         self._run, self._function, self._path, self._sources, self._slices = run, function, path, sources, slices
         self._wanted, self._rule, self._num_tokens = set(wanted), rule, num_tokens
-        self._progress, self._device = progress, device
+        self._progress, self._dtype, self._device = progress, dtype, device
         self.products: ExampleProducts | None = None
+        self._gradients: ExampleGradients | None = None
         if num_tokens is not None:
             self.products = TangentProducts(run, num_tokens=num_tokens, dtype=dtype, device=device)
         elif sources.needs_rows and by_update_step:
-            self.products = choose_gradients(run, dtype=dtype, device=device)
+            self.products = self._gradients = choose_gradients(run, dtype=dtype, device=device)
         elif sources.needs_rows:
             self.products = choose_products(run, dtype=dtype, device=device)
         points = self._bar(path.points(), "query values", run.num_steps + 1)
@@ -104,14 +101,13 @@ class Sweep:
         if not all(self._run.rules):
             yield from self._undivided()
             return
-        assert self.products is None or isinstance(self.products, GradientProducts)
         sweep = ForwardSweep(
-            self._run, products=self.products, sources=self._sources, slices=self._slices, device=self._device
+            self._run, products=self._gradients, sources=self._sources, slices=self._slices, device=self._device
         )
         # The adjoints of averages are known from the last to the first.
         held = {step.index: adjoint for step, adjoint in self._wanted_backward()} if self._path.averaged else {}
         for index in self._bar(range(self._run.num_steps), "steps"):
-            step = Step(self._run, index, self._device)
+            step = self._step(index)
             if index in self._wanted:
                 terms = sweep.terms(step, held.pop(index) if self._path.averaged else self._adjoint(step))
                 self.omitted += terms.omitted
@@ -127,7 +123,7 @@ class Sweep:
         for step, adjoint in self._wanted_backward():
             change = dot(adjoint, step.update, self._slices)
             nothing = torch.zeros_like(change)
-            self.omitted += adjoint @ step.update - change.sum(dim=1)
+            self.omitted += dot(adjoint, step.update, [[slice(None)]])[:, 0] - change.sum(dim=1)
             yield (
                 step.index,
                 StepTerms(
@@ -146,7 +142,7 @@ class Sweep:
             if step.index in self._wanted:
                 yield step, adjoint
             else:
-                self.omitted += adjoint @ step.update
+                self.omitted += dot(adjoint, step.update, [[slice(None)]])[:, 0]
 
     def _backward(self, needed: Collection[int]) -> Iterator[tuple[Step, Tensor]]:
         """The needed steps from the last to the first, with λ_s."""
@@ -156,11 +152,15 @@ class Sweep:
                 # The path integral over a whole segment is just the difference of two predictions.
                 self.omitted += self.values[:, index + 1] - self.values[:, index]
                 continue
-            step = Step(self._run, index, self._device)
+            step = self._step(index)
             adjoint = self._adjoint(step)
             if index == first:
-                self.omitted += adjoint @ self._path.lead(step)
+                self.omitted += dot(adjoint, self._path.lead(step), [[slice(None)]])[:, 0]
             yield step, adjoint
+
+    def _step(self, index: int) -> Step:
+        rows_dtype = self._dtype if isinstance(self.products, FactorProducts) else None
+        return Step(self._run, index, self._device, rows_dtype=rows_dtype)
 
     def _adjoint(self, step: Step) -> Tensor:
         """λ_s, `[query, element]`; of weights that are not averaged, φ_s."""

@@ -75,8 +75,12 @@ class Replay:
             gradients = torch.autograd.grad(scalar, list(params.values()), materialize_grads=True)
         return dict(zip(params, gradients, strict=True))
 
-    def separate_rows(self, rows: Tensor) -> dict[str, Tensor]:
+    def separate_rows(self, rows: Tensor, names: Collection[str] | None = None) -> dict[str, Tensor]:
         """g_k = J_k(θ)ᵀ c_k of some rows, each evaluated on its own, `{name: [row, *shape]}`; by vmap(grad).
+
+        Args:
+            rows: which rows, `[row]`.
+            names: which parameters; by default all.
 
         Raises:
             RuntimeError, ValueError: the model draws random numbers, or changes buffers.
@@ -84,14 +88,24 @@ class Replay:
 
         def scalar(params: dict[str, Tensor], row: dict[str, Tensor], cotangents: dict[str, Tensor]) -> Tensor:
             batch = {name: value.unsqueeze(0) for name, value in row.items()}
-            outputs = self.forward({**copies, **self._reachable(params)}, batch)
+            outputs = self.forward({**copies, **others, **self._reachable(params)}, batch)
             return self.forward.scalar({name: tensor.squeeze(0) for name, tensor in outputs.items()}, cotangents)
 
         copies = {name: tensor.clone() for name, tensor in self.fixed.items()}
+        wanted = {name: tensor for name, tensor in self.params.items() if names is None or name in names}
+        others = {name: tensor for name, tensor in self.params.items() if name not in wanted}
         chosen = ({name: tensor[rows] for name, tensor in side.items()} for side in (self.inputs, self.output_grads))
         with modes(self.model, self.training.tolist()), vectorizable(self.model):
-            gradients: dict[str, Tensor] = vmap(grad(scalar), in_dims=(None, 0, 0))(dict(self.params), *chosen)
+            gradients: dict[str, Tensor] = vmap(grad(scalar), in_dims=(None, 0, 0))(wanted, *chosen)
         return gradients
+
+    def single_row(self, row: int) -> dict[str, Tensor]:
+        """g_k of a row by a batch that consists of it alone, `{name: [*shape]}`."""
+
+        def own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor[row : row + 1] for name, tensor in tensors.items()}
+
+        return replace(self, inputs=own(self.inputs), output_grads=own(self.output_grads)).summed()
 
     def batch_rows(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """g_k of some rows as far as the gradient enters at their own output, `{name: [row, *shape]}`.
@@ -131,6 +145,18 @@ class Replay:
         with torch.no_grad(), self.conditions():
             others = replace(self, inputs=alike).outputs(self.params)
         return any(not torch.allclose(tensor[0], others[name][0]) for name, tensor in outputs.items())
+
+    def draws_random_numbers(self) -> bool:
+        """Whether the forward pass uses torch's random numbers, as with dropout in training."""
+        device = next(iter(self.inputs.values())).device
+
+        def state() -> list[Tensor]:
+            return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+        with torch.no_grad(), self.conditions():
+            before = state()
+            self.outputs(self.params)
+            return any(not torch.equal(old, new) for old, new in zip(before, state(), strict=True))
 
     def is_separate(self) -> bool:
         """Whether the gradients of rows on their own sum to that of the batch."""

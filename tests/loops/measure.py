@@ -113,8 +113,9 @@ def opened(traced: Traced) -> tuple[explaind.Run, dict[str, Any]]:
 
 
 def attribute(traced: Traced, step_axis: str = "step") -> explaind.Attribution:
-    """The fast decomposition, by all axes."""
+    """The fast decomposition in float64, by all axes."""
     run, options = opened(traced)
+    options["dtype"] = torch.float64
     axes = [
         axis for axis in ("query", "example", "token", step_axis, "parameter") if axis != "token" or traced.by_token
     ]

@@ -39,9 +39,10 @@ page to it.
   something.
 - **rounding**: the floating-point error of the training itself, relative to the same: large where it computes in
   bfloat16, as autocast and Muon do.
-- **examples by**: `vmap`, each example on its own; `tangents`, each row of the recorded batch at its own output, with
-  the recorded random numbers, for models that draw any or couple their batch. Where rows are coupled, a row gets the
-  part of the batch's gradient that enters at its own output.
+- **examples by**: `factors`, what one forward and backward pass of the recorded batch brings to every layer, with the
+  recorded random numbers (and `vmap` for parameters that other operations use); `tangents`, a derivative of the
+  batch's backward pass for each query and layer, for models that couple their batch or tokens. Where rows are coupled,
+  a row gets the part of the batch's gradient that enters at its own output.
 
 A refused row shows the message that the user gets.
 """

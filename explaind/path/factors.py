@@ -1,0 +1,305 @@
+"""Gradients of single rows in a form that is smaller than they are, and their products with vectors.
+
+A layer's weight gradient is a sum over the rows k of the batch and the positions t within a row. What belongs to row k
+is the gradient g_k of that row; to multiply it with a vector ψ there are two ways:
+
+- *factors*: ⟨ψ, Σ_t δ_{k,t} a_{k,t}ᵀ⟩ = Σ_t δ_{k,t}ᵀ ψ a_{k,t}, without ever forming g_k;
+- *block*: form g_k for a block of rows and multiply it with all vectors at once.
+
+With m × n weights, q vectors and p positions the first costs 2·q·p·m·n operations a row, the second 2·(p + q)·m·n and
+the traffic of writing and reading g_k. They are equal up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Convolved", "Factors", "Gathered", "Outer", "Summed", "add_combined"]
+
+_BLOCK_BYTES = 8 << 20
+"""Of the gradients that are formed at once; they should stay in the cache until they are multiplied."""
+_TRAFFIC = 16
+"""Multiplications that take as long as writing and reading an entry of a formed gradient."""
+_SHORT_SEGMENT = 8
+"""Fewer rows than this for each distinct index are gathered, not sorted."""
+
+
+class Factors(Protocol):
+    """The gradients of all rows by one use of a parameter."""
+
+    def take(self, rows: Tensor) -> Self:
+        """Those of some rows, `[row]`."""
+        ...
+
+    def gradients(self) -> Tensor:
+        """g_k, `[row, *shape]`."""
+        ...
+
+    def products(self, vectors: Tensor) -> Tensor:
+        """⟨ψ_q, g_k⟩ for vectors ψ `[query, *shape]`, `[query, row]`."""
+        ...
+
+    def scaled(self, weights: Tensor) -> Self:
+        """Each row times its weight `[row]`."""
+        ...
+
+    def absolute(self) -> Self:
+        """With the sizes of all numbers that are multiplied and added."""
+        ...
+
+    def merged(self, count: int) -> Self:
+        """Each `count` rows as one, whose gradient is the sum of theirs."""
+        ...
+
+    @property
+    def kind(self) -> Any:
+        """What factors must have in common to be joined."""
+        ...
+
+    def joined(self, others: Sequence[Any]) -> Self:
+        """The rows of several, one after the other."""
+        ...
+
+
+def add_combined(total: Tensor, parts: Sequence[tuple[Factors, Tensor]]) -> None:
+    """Add Σ_k w_{qk} g_k over all parts to `total [query, element]`.
+
+    Args:
+        total: changed in place.
+        parts: factors, and the weights w of their rows `[query, row]`, most of them zero.
+    """
+    alike: dict[Any, list[tuple[Factors, Tensor]]] = {}
+    for factors, weights in parts:
+        query, row = weights.nonzero(as_tuple=True)
+        members = factors.take(row).scaled(weights[query, row])
+        alike.setdefault(members.kind, []).append((members, query))
+    for group in alike.values():
+        query = torch.cat([query for _, query in group])
+        members = group[0][0].joined([members for members, _ in group[1:]])
+        order, counts = query.argsort(stable=True), torch.bincount(query, minlength=len(total))
+        first = counts.cumsum(0) - counts
+        for count in counts.unique().tolist():
+            chosen = (counts == count).nonzero()[:, 0]
+            rows = order[first[chosen, None] + torch.arange(count, device=order.device)]
+            if count and len(chosen) == len(total):
+                total += members.take(rows.flatten()).merged(count).gradients().reshape(len(chosen), -1)
+            elif count:
+                total[chosen] += members.take(rows.flatten()).merged(count).gradients().reshape(len(chosen), -1)
+
+
+class _Rows:
+    """What all dataclasses of tensors `[row, …]` share."""
+
+    def take(self, rows: Tensor) -> Self:
+        """See `Factors.take`."""
+        return self._with({name: tensor[rows] for name, tensor in self._tensors.items()})
+
+    def joined(self, others: Sequence[Self]) -> Self:
+        """See `Factors.joined`."""
+        if not others:
+            return self
+        return self._with({n: torch.cat([t, *(getattr(o, n) for o in others)]) for n, t in self._tensors.items()})
+
+    @property
+    def kind(self) -> Any:
+        """See `Factors.kind`."""
+        settings = tuple(value for value in vars(self).values() if not isinstance(value, Tensor))
+        return type(self), settings, tuple(tensor.shape[1:] for tensor in self._tensors.values())
+
+    def absolute(self) -> Self:
+        """See `Factors.absolute`."""
+        return self._with({n: t.abs() if t.is_floating_point() else t for n, t in self._tensors.items()})
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows."""
+        return len(next(iter(self._tensors.values())))
+
+    @property
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def _with(self, tensors: dict[str, Tensor]) -> Self:
+        return replace(self, **tensors)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class Summed(_Rows):
+    """Gradients that are as small as the parameter: biases, gains of norms, parameters by which outputs are scaled."""
+
+    rows: Tensor
+    """g_k, `[row, *shape]`"""
+
+    def gradients(self) -> Tensor:
+        """See `Factors.gradients`."""
+        return self.rows
+
+    def products(self, vectors: Tensor) -> Tensor:
+        """See `Factors.products`."""
+        return vectors.reshape(len(vectors), -1) @ self.rows.reshape(len(self.rows), -1).T
+
+    def scaled(self, weights: Tensor) -> Summed:
+        """See `Factors.scaled`."""
+        return Summed(_times(weights, self.rows))
+
+    def merged(self, count: int) -> Summed:
+        """See `Factors.merged`."""
+        return Summed(self.rows.unflatten(0, (-1, count)).sum(dim=1))
+
+
+@dataclass(frozen=True)
+class Outer(_Rows):
+    """Σ_t left_{k,t} right_{k,t}ᵀ: of a Linear layer, with δ on the left and its input on the right."""
+
+    left: Tensor
+    """`[row, position, m]`"""
+    right: Tensor
+    """`[row, position, n]`"""
+
+    def gradients(self) -> Tensor:
+        """See `Factors.gradients`."""
+        return self.left.transpose(1, 2) @ self.right
+
+    def products(self, vectors: Tensor) -> Tensor:
+        """See `Factors.products`."""
+        if _block_pays(len(vectors), self.left.shape[1]):
+            return _block_products(self, vectors)
+        # The longer side is contracted first, so that the shorter one is left.
+        short, long = sorted((self.left, self.right), key=lambda side: side.shape[2])
+        matrices = vectors if long is self.left else vectors.transpose(1, 2)
+        flat, other = long.flatten(end_dim=1), short.flatten(end_dim=1)
+        positions = torch.stack([(flat @ matrix).mul_(other).sum(dim=1) for matrix in matrices])
+        return _by_row(positions, self.num_rows)
+
+    def scaled(self, weights: Tensor) -> Outer:
+        """See `Factors.scaled`."""
+        return replace(self, left=_times(weights, self.left))
+
+    def merged(self, count: int) -> Outer:
+        """See `Factors.merged`."""
+        return Outer(_merged(self.left, count), _merged(self.right, count))
+
+
+@dataclass(frozen=True)
+class Gathered(_Rows):
+    """Σ_t δ_{k,t} in the row of an embedding that position t looked up."""
+
+    indices: Tensor
+    """`[row, position]`"""
+    deltas: Tensor
+    """`[row, position, width]`"""
+    num_embeddings: int
+
+    def gradients(self) -> Tensor:
+        """See `Factors.gradients`."""
+        num_rows, width = len(self.indices), self.deltas.shape[2]
+        place = self.indices + self.num_embeddings * torch.arange(num_rows, device=self.indices.device)[:, None]
+        flat = self.deltas.new_zeros(num_rows * self.num_embeddings, width)
+        flat.index_add_(0, place.flatten(), self.deltas.flatten(end_dim=1))
+        return flat.view(num_rows, self.num_embeddings, width)
+
+    def products(self, vectors: Tensor) -> Tensor:
+        """See `Factors.products`."""
+        order = self.indices.flatten().argsort(stable=True)
+        found, counts = self.indices.flatten()[order].unique_consecutive(return_counts=True)
+        deltas = self.deltas.flatten(end_dim=1)
+        products = deltas.new_empty(len(vectors), len(deltas))
+        if len(deltas) < _SHORT_SEGMENT * len(found):
+            for query, vector in enumerate(vectors):
+                products[query] = (vector[self.indices.flatten()] * deltas).sum(dim=1)
+        else:
+            segments = zip(found.tolist(), order.split(counts.tolist()), strict=True)
+            for index, places in segments:
+                products[:, places] = vectors[:, index] @ deltas[places].T
+        return _by_row(products, self.num_rows)
+
+    def scaled(self, weights: Tensor) -> Gathered:
+        """See `Factors.scaled`."""
+        return replace(self, deltas=_times(weights, self.deltas))
+
+    def merged(self, count: int) -> Gathered:
+        """See `Factors.merged`."""
+        return replace(self, indices=_merged(self.indices, count), deltas=_merged(self.deltas, count))
+
+
+@dataclass(frozen=True)
+class Convolved(_Rows):
+    """Σ_t over the places t of images: of a convolution in one or two dimensions."""
+
+    inputs: Tensor
+    """`[row, image, channel, height, width]`"""
+    deltas: Tensor
+    """`[row, image, channel, height, width]`"""
+    shape: tuple[int, ...]
+    """Of the weight; `[out, in, length]` in one dimension, where the height is one."""
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    def gradients(self) -> Tensor:
+        """See `Factors.gradients`."""
+        images, deltas = self.inputs.flatten(end_dim=1), self.deltas.flatten(end_dim=1)
+        patches = F.unfold(images, self._kernel, stride=self.stride, padding=self.padding, dilation=self.dilation)
+        left = deltas.reshape(len(images), self.groups, -1, deltas[0, 0].numel())
+        right = patches.reshape(len(images), self.groups, -1, patches.shape[2])
+        single = left @ right.transpose(2, 3)
+        return single.reshape(*self.inputs.shape[:2], *self.shape).sum(dim=1)
+
+    def products(self, vectors: Tensor) -> Tensor:
+        """See `Factors.products`."""
+        if _block_pays(len(vectors), self.deltas[0, :, 0].numel()):
+            return _block_products(self, vectors)
+        images, deltas = self.inputs.flatten(end_dim=1), self.deltas.flatten(end_dim=1)
+        kernels = vectors.reshape(len(vectors), *self.shape[:2], *self._kernel)
+        outputs = [
+            (F.conv2d(images, kernel, None, self.stride, self.padding, self.dilation, self.groups) * deltas).sum(
+                (1, 2, 3)
+            )
+            for kernel in kernels
+        ]
+        return _by_row(torch.stack(outputs), self.num_rows)
+
+    def scaled(self, weights: Tensor) -> Convolved:
+        """See `Factors.scaled`."""
+        return replace(self, deltas=_times(weights, self.deltas))
+
+    def merged(self, count: int) -> Convolved:
+        """See `Factors.merged`."""
+        return replace(self, inputs=_merged(self.inputs, count), deltas=_merged(self.deltas, count))
+
+    @property
+    def _kernel(self) -> tuple[int, int]:
+        height, width = (1, *self.shape[2:])[-2:]
+        return height, width
+
+
+def _times(weights: Tensor, rows: Tensor) -> Tensor:
+    return weights.reshape(-1, *[1] * (rows.ndim - 1)) * rows
+
+
+def _merged(rows: Tensor, count: int) -> Tensor:
+    """`[row, position, …]` as `[row / count, count · position, …]`."""
+    return rows.reshape(-1, count * rows.shape[1], *rows.shape[2:])
+
+
+def _by_row(products: Tensor, num_rows: int) -> Tensor:
+    """Sum `[query, row · position]` over positions, `[query, row]`."""
+    return products.reshape(len(products), num_rows, -1).sum(dim=2)
+
+
+def _block_pays(num_vectors: int, num_positions: int) -> bool:
+    return num_vectors * num_positions > num_vectors + num_positions + _TRAFFIC
+
+
+def _block_products(factors: Outer | Convolved, vectors: Tensor) -> Tensor:
+    flat = vectors.flatten(start_dim=1)
+    size = max(1, _BLOCK_BYTES // (flat.shape[1] * flat.itemsize))
+    rows = torch.arange(factors.num_rows, device=flat.device).split(size)
+    return torch.cat([flat @ factors.take(part).gradients().flatten(start_dim=1).T for part in rows], dim=1)

@@ -1,0 +1,265 @@
+"""Every use of a parameter in a forward pass, found in its autograd graph, and what the backward pass brings there.
+
+The graph is complete: a parameter's gradient is the sum of what arrives over the edges into its leaf. Where an edge
+comes from an operation that treats the rows of the batch alike, the rows' own gradients depend on the input that it
+saved and on the gradient δ at its output only (`explaind.path.factors`). Parameters with any other edge are not
+covered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from explaind.path.factors import Convolved, Factors, Gathered, Outer, Summed
+
+__all__ = ["SAME_ROW", "Order", "Uses"]
+
+SAME_ROW = {torch.float64: 1e-6, torch.float32: 1e-3}
+"""Largest difference of a row's gradient in its batch from that alone, relative to its norm."""
+
+Order = Literal["first", "last"]
+"""Whether the rows of the batch come before or after the positions within a row, such as tokens."""
+
+_Split = Callable[[Tensor], Tensor]
+"""Gives a tensor the axes `[row, position, …]`."""
+_Make = Callable[[_Split], Factors]
+
+
+class NotByRowError(ValueError):
+    """Why a parameter is not covered: an operation has no axis that the rows of the batch could lie along."""
+
+
+class Uses:
+    """Watches the backward pass that is about to start at some outputs.
+
+    Args:
+        outputs: where it starts.
+        leaves: the parameters, leaves of the graph, by name.
+    """
+
+    def __init__(self, outputs: Iterable[Tensor], leaves: Mapping[str, Tensor]) -> None:
+        self._names = {id(leaf): name for name, leaf in leaves.items()}
+        self._shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+        self._brought: dict[str, list[_Make]] = {}
+        self.uncovered = {self._names[id(output)] for output in outputs if id(output) in self._names}
+        """Parameters whose gradients come, at least in part, from operations that are not known here."""
+        self._watch([output.grad_fn for output in outputs if output.grad_fn is not None])
+
+    def factors(self, name: str, num_rows: int, order: Order | None) -> list[Factors] | None:
+        """After the backward pass: the gradients of a parameter's rows, one entry for each use; None if not covered."""
+        if order is None or name in self.uncovered:
+            return None
+        try:
+            return [make(lambda tensor: _by_row(tensor, num_rows, order)) for make in self._brought.get(name, ())]
+        except NotByRowError:
+            return None
+
+    def row(self, name: str, row: int, num_rows: int, order: Order | None) -> Tensor | None:
+        """The gradient of one row, `[*shape]`; None if not covered."""
+        factors = self.factors(name, num_rows, order)
+        if factors is None:
+            return None
+        parts = [part.take(torch.tensor([row])).gradients()[0] for part in factors]
+        return torch.stack(parts).sum(dim=0) if parts else torch.zeros(self._shapes[name])
+
+    def orders(self, name: str, row: int, num_rows: int, expected: Tensor) -> list[Order]:
+        """The orders in which a row has the expected gradient, float64 `[*shape]`."""
+        limit = SAME_ROW[torch.float64] * expected.norm() + torch.finfo(torch.float64).tiny
+        found = {order: self.row(name, row, num_rows, order) for order in get_args(Order)}
+        return [order for order, own in found.items() if own is not None and (own - expected).norm() <= limit]
+
+    def _watch(self, roots: list[Any]) -> None:
+        seen, waiting = set(roots), list(roots)
+        while waiting:
+            node = waiting.pop()
+            known: list[tuple[str, _Operation, bool]] = []
+            for edge, (child, _) in enumerate(node.next_functions):
+                if child is None:
+                    continue
+                leaf, transposed = _leaf_behind(child)
+                if leaf is None and child not in seen:
+                    seen.add(child)
+                    waiting.append(child)
+                elif (name := self._names.get(id(leaf))) is not None:
+                    operation = _OPERATIONS.get((node.name(), edge))
+                    if operation is None or (transposed and operation is not _matrix):
+                        self.uncovered.add(name)
+                    else:
+                        known.append((name, operation, transposed))
+            if known:
+                node.register_prehook(self._hook(node, known))
+
+    def _hook(self, node: Any, known: list[tuple[str, _Operation, bool]]) -> Callable[..., None]:
+        def bring(gradients: tuple[Tensor | None, ...]) -> None:
+            if (delta := gradients[0]) is None:
+                return
+            for name, operation, transposed in known:
+                try:
+                    make = operation(node, delta, self._shapes[name], transposed)
+                    self._brought.setdefault(name, []).append(make)
+                except NotByRowError:
+                    self.uncovered.add(name)
+
+        return bring
+
+
+_Operation = Callable[[Any, Tensor, tuple[int, ...], bool], _Make]
+
+
+def _leaf_behind(node: Any) -> tuple[Tensor | None, bool]:
+    """The leaf that an edge leads to, directly or through the transposition of a matrix, and whether through one."""
+    leaf = getattr(node, "variable", None)
+    if leaf is None and _transposes(node):
+        behind = getattr(node.next_functions[0][0], "variable", None)
+        return (behind, True) if behind is not None and behind.ndim == 2 else (None, False)
+    return leaf, False
+
+
+def _transposes(node: Any) -> bool:
+    """Whether a node, if it got a matrix, has transposed it."""
+    if node.name() == "TransposeBackward0":
+        return bool((node._saved_dim0 - node._saved_dim1) % 2)  # negative dimensions are saved modulo a power of two
+    return node.name() == "TBackward0" or bool(node.name() == "PermuteBackward0" and node._saved_dims == (1, 0))
+
+
+def _by_row(tensor: Tensor, num_rows: int, order: Order) -> Tensor:
+    """A tensor with rows and positions in one axis, or in two, as `[row, position, …]`."""
+    if order == "last" and tensor.ndim > 2 and tensor.shape[1] == num_rows:
+        return tensor.transpose(0, 1)
+    if not tensor.ndim or tensor.shape[0] % num_rows:
+        raise NotByRowError(f"a tensor of shape {tuple(tensor.shape)} does not hold {num_rows} rows")
+    if order == "first":
+        return tensor.reshape(num_rows, -1, *tensor.shape[1:])
+    return tensor.reshape(-1, num_rows, *tensor.shape[1:]).transpose(0, 1)
+
+
+def _summed_to(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Sum `[row, position, …]` over positions and what was broadcast, `[row, *shape]`."""
+    inner = rows.ndim - 2
+    own = shape[1:] if len(shape) == inner + 1 and shape[0] == 1 else shape
+    if len(own) > inner:
+        raise NotByRowError(f"a parameter of shape {shape} has entries for single rows")
+    own = (1,) * (inner - len(own)) + own
+    broadcast = [axis + 2 for axis, size in enumerate(own) if size == 1]
+    return rows.sum(dim=(1, *broadcast)).reshape(len(rows), *shape)
+
+
+def _live(delta: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Leave out positions at which no row has a gradient, such as all but the last token of a sequence."""
+    if delta.shape[1] > 1:
+        live = (delta != 0).flatten(start_dim=2).any(dim=2).any(dim=0)
+        if not bool(live.all()):
+            return tuple(tensor[:, live] for tensor in (delta, *others))
+    return (delta, *others)
+
+
+def _matrix(node: Any, delta: Tensor, shape: tuple[int, ...], transposed: bool) -> _Make:
+    """The second factor W of a matrix product, a @ W or a @ Wᵀ, with or without a bias added."""
+    if node.name() == "AddmmBackward0" and (node._saved_alpha != 1 or node._saved_beta != 1):
+        raise NotByRowError("a scaled matrix product")
+    inputs = (node._saved_mat1 if node.name() == "AddmmBackward0" else node._saved_self).detach()
+
+    def make(split: _Split) -> Factors:
+        deltas, entering = _live(split(delta), split(inputs))
+        return Outer(deltas, entering) if transposed else Outer(entering, deltas)
+
+    return make
+
+
+def _added(node: Any, delta: Tensor, shape: tuple[int, ...], transposed: bool) -> _Make:
+    """A term of a sum, as far as it is broadcast over the rows."""
+    if getattr(node, "_saved_alpha", 1) != 1:
+        raise NotByRowError("a scaled term")
+    return lambda split: Summed(_summed_to(split(delta), shape))
+
+
+def _multiplied(other: str) -> _Operation:
+    """A factor of an elementwise product; `other` names the saved other one."""
+
+    def operation(node: Any, delta: Tensor, shape: tuple[int, ...], transposed: bool) -> _Make:
+        product = delta * getattr(node, other).detach()
+        return lambda split: Summed(_summed_to(split(product), shape))
+
+    return operation
+
+
+def _embedding(node: Any, delta: Tensor, shape: tuple[int, ...], transposed: bool) -> _Make:
+    """The table of an embedding; its padding row takes no gradient."""
+    if node._saved_scale_grad_by_freq:
+        raise NotByRowError("gradients divided by the batch's frequencies")
+    indices = node._saved_indices.unsqueeze(-1)
+    found = delta * (indices != node._saved_padding_idx) if node._saved_padding_idx < shape[0] else delta
+
+    def make(split: _Split) -> Factors:
+        deltas, looked_up = _live(split(found).flatten(1, -2), split(indices).flatten(start_dim=1))
+        return Gathered(looked_up, deltas, shape[0])
+
+    return make
+
+
+def _convolution(node: Any, delta: Tensor, shape: tuple[int, ...], transposed: bool) -> _Make:
+    """The kernel of a convolution in one or two dimensions."""
+    if node._saved_transposed or len(shape) not in (3, 4):
+        raise NotByRowError("a transposed convolution, or one in three dimensions")
+    inputs = node._saved_input.detach()
+    settings = {
+        "stride": _pair(1, node._saved_stride),
+        "padding": _pair(0, node._saved_padding),
+        "dilation": _pair(1, node._saved_dilation),
+        "groups": node._saved_groups,
+    }
+    return lambda split: Convolved(_images(inputs, split), _images(delta, split), shape, **settings)
+
+
+def _pair(missing: int, values: tuple[int, ...]) -> tuple[int, int]:
+    """A setting for height and width, from that of one dimension or two."""
+    height, width = (missing, *values)[-2:]
+    return height, width
+
+
+def _images(tensor: Tensor, split: _Split) -> Tensor:
+    """`[row, image, channel, height, width]`; the height of a line is one."""
+    sizes = (tensor.shape[1], *(1, *tensor.shape[2:])[-2:])
+    rows = split(tensor.flatten(start_dim=1))
+    return rows.reshape(*rows.shape[:2], *sizes)
+
+
+def _channel_bias(node: Any, delta: Tensor, shape: tuple[int, ...], transposed: bool) -> _Make:
+    """The bias of a convolution."""
+    summed = delta.flatten(start_dim=2).sum(dim=2)
+    return lambda split: Summed(_summed_to(split(summed), shape))
+
+
+def _layer_norm_gain(node: Any, delta: Tensor, shape: tuple[int, ...], transposed: bool) -> _Make:
+    product = delta * (node._saved_input.detach() - node._saved_result1) * node._saved_result2
+    return lambda split: Summed(_summed_to(split(product), shape))
+
+
+def _group_norm_gain(node: Any, delta: Tensor, shape: tuple[int, ...], transposed: bool) -> _Make:
+    grouped = node._saved_input.detach().unflatten(1, (node._saved_group, -1)).flatten(start_dim=2)
+    normal = (grouped - node._saved_result1[..., None]) * node._saved_result2[..., None]
+    summed = (delta * normal.view_as(delta)).flatten(start_dim=2).sum(dim=2)
+    return lambda split: Summed(_summed_to(split(summed), shape))
+
+
+_OPERATIONS: dict[tuple[str, int], _Operation] = {
+    ("AddmmBackward0", 0): _added,
+    ("AddmmBackward0", 2): _matrix,
+    ("MmBackward0", 1): _matrix,
+    ("EmbeddingBackward0", 0): _embedding,
+    ("ConvolutionBackward0", 1): _convolution,
+    ("ConvolutionBackward0", 2): _channel_bias,
+    ("NativeLayerNormBackward0", 1): _layer_norm_gain,
+    ("NativeLayerNormBackward0", 2): _added,
+    ("NativeGroupNormBackward0", 1): _group_norm_gain,
+    ("NativeGroupNormBackward0", 2): _channel_bias,
+    ("AddBackward0", 0): _added,
+    ("AddBackward0", 1): _added,
+    ("MulBackward0", 0): _multiplied("_saved_other"),
+    ("MulBackward0", 1): _multiplied("_saved_self"),
+}
+"""By the name of the graph's node and the number of its edge."""
