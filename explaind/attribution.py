@@ -22,6 +22,8 @@ __all__ = ["TERMS", "Attribution", "Closure"]
 TERMS = ("contribution", "decay", "other", "rounding")
 """The terms that carry the axes of a decomposition."""
 
+_ROUNDING = {"float32": 1e-5}
+"""Error of gradients of that type, as a part of the path: no rule can promise less."""
 _MUCH = 1e-3
 """Of the path: more than this in `other` is warned about."""
 
@@ -85,9 +87,9 @@ class Attribution:
 
         return Closure(
             error=float(error.max(skipna=False)),
-            error_limit=1e-12 if data.attrs["dtype"] == "float64" else 1e-5,
+            error_limit=1e-12,
             quadrature=share(data.quadrature),
-            quadrature_limit=float(data.attrs["tolerance"]),
+            quadrature_limit=max(float(data.attrs["tolerance"]), _ROUNDING.get(data.attrs["dtype"], 0.0)),
             other=share(np.abs(data.other)),
             rounding=share(np.abs(data.rounding)),
         )

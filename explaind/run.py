@@ -167,8 +167,8 @@ class Run(Record):
             tolerance: wanted quadrature error, as a part of the query's path length Σ_s |q(θ_{s+1}) − q(θ_s)|.
             quadrature: `"adaptive"`, or a rule from `explaind.quadrature`.
             dtype: type of gradients and products, by default the one that the run was trained in. With float32 the
-                terms have its rounding, about 1e-5 of the path, measured and part of `rounding`; the certificate is
-                always float64.
+                terms have its rounding, about 1e-5 of the path, measured and part of `rounding`, and a smaller
+                quadrature error than that cannot be promised; the certificate is always float64.
             device: where to compute; by default the host.
             progress: show a progress bar.
 

@@ -54,12 +54,16 @@ def before_each_block(monkeypatch, action):
     return done
 
 
+@pytest.fixture
 def writers_alive():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("explaind-writer")]
+    before = set(threading.enumerate())
+    return lambda: [t for t in set(threading.enumerate()) - before if t.name.startswith("explaind-writer")]
 
 
 @pytest.mark.parametrize("failure", [OSError(5, "Input/output error"), MemoryError("no memory"), SystemExit("killed")])
-def test_a_failure_in_the_background_stops_the_loop_at_one_of_the_next_steps(failure, tmp_path, monkeypatch):
+def test_a_failure_in_the_background_stops_the_loop_at_one_of_the_next_steps(
+    failure, writers_alive, tmp_path, monkeypatch
+):
     def fail(block):
         if block == 4:
             raise failure
@@ -79,7 +83,7 @@ def test_a_failure_in_the_background_stops_the_loop_at_one_of_the_next_steps(fai
     assert run.verify().bit_exact
 
 
-def test_a_failure_in_the_last_block_is_raised_at_the_end(tmp_path, monkeypatch):
+def test_a_failure_in_the_last_block_is_raised_at_the_end(writers_alive, tmp_path, monkeypatch):
     def fail(block):
         if block == 2:  # the first is the empty one of the beginning
             raise OSError(5, "Input/output error")
