@@ -25,6 +25,8 @@ _NOISE = 4
 
 _BY_LENGTH = 3 / 4
 """Part of the tolerance that sub-intervals have by their length."""
+_MOST_NODES = 1 << 12
+"""Of a query and step: gradients that are less exact than their type never reach the tolerance."""
 _MOST_PARTS = 8
 """That a sub-interval is divided into at once."""
 _PART_ELEMENTS = 1 << 18
@@ -206,7 +208,8 @@ def integrate(
         share = error / (_BY_LENGTH * wanted * length).clamp_min(torch.finfo(error.dtype).tiny)
         # A kink spoils one short sub-interval only, which may have more than its share.
         more = (error <= (1 - _BY_LENGTH) * wanted / _MOST_PARTS) & (extra[query] + error <= (1 - _BY_LENGTH) * wanted)
-        done = (share <= 1) | more | torch.full_like(more, length <= 2.0**-depth)
+        last = length <= 2.0**-depth or int(spent.max()) >= _MOST_NODES
+        done = (share <= 1) | more | torch.full_like(more, last)
         extra[query] += torch.where(more & (share > 1), error, 0.0)
         if not done.all():
             done |= error <= _NOISE * averages.rounding(update)

@@ -118,6 +118,8 @@ class Record:
     def examples(self) -> NDArray[np.int64]:
         """Ids of all examples that were in a batch, sorted, `[example]`."""
         rows = self._row_offsets[self._num_calls(self.num_steps)]
+        if not rows:  # no gradient came back to any call
+            return np.zeros(0, dtype=np.int64)
         return np.unique(self._store.read("row_example", 0, int(rows)))
 
     @property

@@ -188,8 +188,7 @@ class Run(Record):
             UnknownUpdateRuleError: the example axis for an optimizer without a rule.
             ResultTooLargeError: the arrays would not fit in memory.
             ModelMismatchError: the model computes something else than was recorded.
-            VerificationError: the examples' gradients do not sum to the recorded step's, or an example has another
-                gradient in its batch than alone.
+            VerificationError: the examples' gradients do not sum to the recorded step's.
 
         Cost:
             Per step one forward and backward pass of the batch, a few of the queries' inputs, and with the example

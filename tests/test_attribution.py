@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import explaind
 from tests.cases import CASES, NUM_CLASSES, data, query, record
@@ -178,3 +179,20 @@ def test_layers_can_be_regrouped(run):
         result.check()
     finally:
         run.layers = run_layers
+
+
+@pytest.mark.parametrize("axis", ["step", "update_step"])
+def test_a_run_whose_gradients_are_all_zero_has_no_examples_and_closes(axis, tmp_path):
+    model = nn.Linear(3, 1).double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    with explaind.trace(model, optimizer, tmp_path / "run.zarr"):
+        for _ in range(2):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), torch.zeros(4, dtype=torch.int64)).backward()  # of one class only
+            optimizer.step()
+    run = explaind.open_run(tmp_path / "run.zarr", model=model)
+    result = run.attribute(explaind.Query(x[:2], output=explaind.outputs.value()), by=("query", "example", axis))
+    result.check()
+    assert result.dataset.sizes["example"] == 0
+    assert float(np.abs(result.dataset.decay).sum()) > 0

@@ -152,9 +152,9 @@ class AveragedWeights:
         return self._kept[step] < 1
 
     def adjoint(self, step: int, phi: Tensor) -> Tensor:
-        """(1 − k_s) φ_s + k_s λ_{s+1}."""
+        """(1 − k_s) φ_s + k_s λ_{s+1}, in float64: what this sum lost would be in no term."""
         keep = self._kept[step]
-        self._carried = (1 - keep) * phi + keep * self._carried
+        self._carried = (1 - keep) * phi.to(torch.float64) + keep * self._carried
         return self._carried
 
     def lead(self, step: Step) -> Tensor:

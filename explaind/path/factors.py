@@ -19,6 +19,7 @@ from typing import Any, Protocol, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 __all__ = ["Convolved", "Factors", "Gathered", "Outer", "Summed", "add_combined"]
 
@@ -39,6 +40,10 @@ class Factors(Protocol):
 
     def gradients(self) -> Tensor:
         """g_k, `[row, *shape]`."""
+        ...
+
+    def combined(self, weights: Tensor) -> Tensor:
+        """Σ_k w_k g_k for weights `[row]`, `[*shape]`."""
         ...
 
     def products(self, vectors: Tensor) -> Tensor:
@@ -140,6 +145,11 @@ class Summed(_Rows):
         """See `Factors.gradients`."""
         return self.rows
 
+    def combined(self, weights: Tensor) -> Tensor:
+        """See `Factors.combined`."""
+        total: Tensor = torch.tensordot(weights, self.rows, dims=1)
+        return total
+
     def products(self, vectors: Tensor) -> Tensor:
         """See `Factors.products`."""
         return vectors.reshape(len(vectors), -1) @ self.rows.reshape(len(self.rows), -1).T
@@ -165,6 +175,11 @@ class Outer(_Rows):
     def gradients(self) -> Tensor:
         """See `Factors.gradients`."""
         return self.left.transpose(1, 2) @ self.right
+
+    def combined(self, weights: Tensor) -> Tensor:
+        """See `Factors.combined`."""
+        left: Tensor = _times(weights, self.left).flatten(end_dim=1)
+        return left.T @ self.right.flatten(end_dim=1)
 
     def products(self, vectors: Tensor) -> Tensor:
         """See `Factors.products`."""
@@ -203,6 +218,11 @@ class Gathered(_Rows):
         flat = self.deltas.new_zeros(num_rows * self.num_embeddings, width)
         flat.index_add_(0, place.flatten(), self.deltas.flatten(end_dim=1))
         return flat.view(num_rows, self.num_embeddings, width)
+
+    def combined(self, weights: Tensor) -> Tensor:
+        """See `Factors.combined`."""
+        flat = self.deltas.new_zeros(self.num_embeddings, self.deltas.shape[2])
+        return flat.index_add_(0, self.indices.flatten(), _times(weights, self.deltas).flatten(end_dim=1))
 
     def products(self, vectors: Tensor) -> Tensor:
         """See `Factors.products`."""
@@ -252,6 +272,14 @@ class Convolved(_Rows):
         single = left @ right.transpose(2, 3)
         return single.reshape(*self.inputs.shape[:2], *self.shape).sum(dim=1)
 
+    def combined(self, weights: Tensor) -> Tensor:
+        """See `Factors.combined`."""
+        kernel = *self.shape[:2], *self._kernel
+        images, deltas = self.inputs.flatten(end_dim=1), _times(weights, self.deltas).flatten(end_dim=1)
+        settings = self.stride, self.padding, self.dilation, self.groups
+        total: Tensor = conv2d_weight(images, kernel, deltas, *settings)
+        return total.reshape(self.shape)
+
     def products(self, vectors: Tensor) -> Tensor:
         """See `Factors.products`."""
         if _block_pays(len(vectors), self.deltas[0, :, 0].numel()):
@@ -286,12 +314,12 @@ def _times(weights: Tensor, rows: Tensor) -> Tensor:
 
 def _merged(rows: Tensor, count: int) -> Tensor:
     """`[row, position, …]` as `[row / count, count · position, …]`."""
-    return rows.reshape(-1, count * rows.shape[1], *rows.shape[2:])
+    return rows.reshape(len(rows) // count, count * rows.shape[1], *rows.shape[2:])
 
 
 def _by_row(products: Tensor, num_rows: int) -> Tensor:
     """Sum `[query, row · position]` over positions, `[query, row]`."""
-    return products.reshape(len(products), num_rows, -1).sum(dim=2)
+    return products.reshape(len(products), num_rows, products.shape[1] // num_rows).sum(dim=2)
 
 
 def _block_pays(num_vectors: int, num_positions: int) -> bool:

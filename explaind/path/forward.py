@@ -65,7 +65,7 @@ class ForwardSweep:
         self._run, self._products, self._sources, self._slices = run, products, sources, slices
         self._rest = [complement(slices, run.table.num_elements)]
         zeros = torch.zeros(len(sources), run.table.num_elements, dtype=torch.float64, device=device)
-        self._buffer = _Parts(zeros, *(torch.zeros_like(zeros[:1]) for _ in _PARTS[1:]))
+        self._buffer = _Parts(zeros, *(zeros.new_zeros(1, zeros.shape[1]) for _ in _PARTS[1:]))
 
     def advance(self, step: Step) -> tuple[_Parts, _Parts]:
         """Let the buffer take in a step's gradient; returns the buffer before that, and what entered."""

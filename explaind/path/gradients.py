@@ -26,6 +26,7 @@ __all__ = [
     "ReplayedStep",
     "batch_gradient",
     "call_replay",
+    "combined_rows",
     "recorded_rescaling",
     "replay_step",
     "rows_are_separate",
@@ -103,7 +104,7 @@ def replay_step(
         return copies if dtype is None else cast(copies, dtype, device)
 
     params = {name: tensor.requires_grad_() for name, tensor in load(run.params(step)).items()}
-    uses = []
+    uses = list[Uses]()
     for call in run.calls(step) if calls is None else calls:
         forward = run_forward(run, call)
         with modes(run.model, call.training.tolist()), restored_rng(call.rng_state, device), torch.enable_grad():
@@ -113,11 +114,13 @@ def replay_step(
                 output = forward.raw(tensors, load(call.inputs))
                 if dtype is None and call.kind.part is not None:
                     _check_output(step, call, output)
-                outputs = forward.named(output)
+                outputs = rows = forward.named(output)
                 if call.kind.part is None:
                     outputs = {"": forward.scalar(outputs, {})}
             if watched:
+                weights, combined = combined_rows(rows, params, call.output_grads, seed=(step, len(uses)))
                 uses.append(Uses(outputs.values(), params))
+                uses[-1].expect(weights, combined)
             torch.autograd.backward(
                 list(outputs.values()),
                 [call.output_grads[n].to(out) if n in call.output_grads else None for n, out in outputs.items()],
@@ -126,6 +129,31 @@ def replay_step(
     gradients = {name: param.grad for name, param in params.items() if updated[name] and param.grad is not None}
     flat = run.table.flatten({name: dense(gradient) for name, gradient in gradients.items()}, dtype)
     return ReplayedStep(flat, uses)
+
+
+def combined_rows(
+    outputs: Mapping[str, Tensor],
+    params: Mapping[str, Tensor],
+    output_grads: Mapping[str, Tensor],
+    seed: tuple[int, int],
+) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """Random weights w_k `[row]` and Σ_k w_k g_k by every parameter, in one backward pass.
+
+    The weights are signed powers of two: scaling a row's cotangents by one scales all that comes of them exactly, so
+    that whatever is compared with the sum is rounded alike. Of both signs, they do not add up to hide single rows.
+    """
+    first = next(iter(outputs.values()))
+    random = np.random.default_rng(seed)
+    drawn = random.choice([-1.0, 1.0], len(first)) * 2.0 ** random.integers(-2, 3, len(first))
+    weights = torch.from_numpy(drawn).to(device=first.device, dtype=next(iter(params.values())).dtype)
+    cotangents = []
+    for name, output in outputs.items():
+        own = output_grads[name].to(output) if name in output_grads else torch.ones_like(output)
+        cotangents.append(own * weights.to(output.dtype).reshape(-1, *[1] * (output.ndim - 1)))
+    totals = torch.autograd.grad(
+        list(outputs.values()), list(params.values()), cotangents, retain_graph=True, allow_unused=True
+    )
+    return weights, {n: None if t is None else dense(t) for n, t in zip(params, totals, strict=True)}
 
 
 def recorded_rescaling(run: Run, step: int, gradient: Tensor) -> Rescaling:

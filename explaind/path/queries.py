@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from explaind.calls import rebuild, tensor_names
 from explaind.errors import ExplaindError
 from explaind.outputs import Output
 from explaind.path.factors import Factors, Summed, add_combined
+from explaind.path.gradients import combined_rows
 from explaind.path.kinks import averaged, watched
 from explaind.path.uses import Order, Uses
 from explaind.quadrature import FixedRule
@@ -163,7 +164,8 @@ class QueryFunction:
         scalars.sum().backward()
         rest = []
         for name in table.names:
-            factors = uses.factors(name, len(rows), self._orders.get(name))
+            order = self._orders.get(name)
+            factors = None if order is None else uses.split(name, len(rows), order)
             if factors is None:
                 rest.append(name)
             for part in factors or ():
@@ -208,31 +210,30 @@ class QueryFunction:
 
     def _find_orders(self, trained: Tensor, scalars: Tensor) -> dict[str, Order]:
         """Where the inputs' rows lie in the operations; settles whether the queries are separate."""
-        orders: dict[str, list[Order]] = {name: list(get_args(Order)) for name in self._run.table.names}
+        orders: dict[str, Order | None] = {}
         generator = torch.Generator().manual_seed(0)
         probes = torch.randperm(len(scalars), generator=generator)[:_NUM_PROBES].to(self._device)
         leaves = {name: t.requires_grad_() for name, t in self._run.table.unflatten(trained.detach()).items()}
         try:
             with torch.enable_grad():
                 together = self._scalars(leaves, self._every)
+            weights, combined = combined_rows({"": together}, leaves, {}, (0, 0))
             uses = Uses([together], leaves)
+            uses.expect(weights, combined)
             together.sum().backward()
             for row in probes:
-                with torch.enable_grad():
+                with torch.no_grad():
                     alone = self._scalars(leaves, row[None])
                 self.separate &= torch.allclose(alone, scalars[row], rtol=1e-9, atol=1e-9 * float(scalars.abs().max()))
-                gradients = torch.autograd.grad(alone.sum(), list(leaves.values()), materialize_grads=True)
-                for name, expected in zip(leaves, gradients, strict=True):
-                    fitting = uses.orders(name, int(row), len(scalars), expected)
-                    orders[name] = [order for order in orders[name] if order in fitting]
-            rest = {name: leaves[name] for name, left in orders.items() if not left}
+            orders = {name: uses.order(name) for name in leaves}
+            rest = {name: leaves[name] for name, order in orders.items() if order is None}
             if rest and self.separate:
                 self._rows_alone(rest, leaves, probes[:1], ())
         except ExplaindError:
             raise
         except (RuntimeError, ValueError):  # how vmap and batch layers say that a row cannot be evaluated alone
             self.separate = False
-        return {name: left[0] for name, left in orders.items() if left}
+        return {name: order for name, order in orders.items() if order is not None}
 
     def _scalars(
         self,

@@ -64,7 +64,7 @@ def select_sources(
     if asked.dtype.kind not in "iu" and len(asked):
         raise ValueError(f"examples= are integer ids; got {asked[:5].tolist()}….")
     chosen = np.unique(asked.astype(np.int64))
-    if len(unknown := np.setdiff1d(chosen, known)) or not len(chosen):
+    if len(unknown := np.setdiff1d(chosen, known)) or not (examples is None or len(chosen)):
         raise ValueError(
             f"examples={unknown[:5].tolist()}… are not in the run. It has {len(known)} examples with ids from "
             f"{known[0]} to {known[-1]}; see run.examples."

@@ -39,12 +39,13 @@ def choose_gradients(run: Run, *, dtype: torch.dtype, device: torch.device) -> E
 
 def row_split(run: Run, products: ExampleProducts) -> str:
     """What a row's gradient is, in words: its own, or where layers couple the batch, its row's part of the batch's."""
+    coupled = "coupled rows: each has the part of the batch's gradient that enters at its own output"
     if isinstance(products, FactorProducts) and products.separate:
-        return "each example on its own"
+        return coupled if products.coupled else "each example on its own"
     for step, number in run.call_samples():
         replay = call_replay(run, step, run.calls(step)[number], dtype=torch.float64, device=torch.device("cpu"))
         if replay.couples_rows():
-            return "coupled rows: each has the part of the batch's gradient that enters at its own output"
+            return coupled
     return "rows of the recorded batch, which do not depend on each other"
 
 

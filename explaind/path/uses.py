@@ -8,7 +8,8 @@ covered.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,8 +19,10 @@ from explaind.path.factors import Convolved, Factors, Gathered, Outer, Summed
 
 __all__ = ["SAME_ROW", "Order", "Uses"]
 
-SAME_ROW = {torch.float64: 1e-6, torch.float32: 1e-3}
-"""Largest difference of a row's gradient in its batch from that alone, relative to its norm."""
+SAME_ROW = {torch.float64: 1e-8, torch.float32: 1e-4}
+"""Largest difference of combined rows from what autograd gives, relative to the norm."""
+_NOISE = 64
+"""Rounding of a gradient that is zero in exact numbers, in units of the norm of all."""
 
 Order = Literal["first", "last"]
 """Whether the rows of the batch come before or after the positions within a row, such as tokens."""
@@ -49,28 +52,55 @@ class Uses:
         """Parameters whose gradients come, at least in part, from operations that are not known here."""
         self._watch([output.grad_fn for output in outputs if output.grad_fn is not None])
 
-    def factors(self, name: str, num_rows: int, order: Order | None) -> list[Factors] | None:
-        """After the backward pass: the gradients of a parameter's rows, one entry for each use; None if not covered."""
-        if order is None or name in self.uncovered:
+    def expect(self, weights: Tensor, combined: Mapping[str, Tensor | None]) -> None:
+        """Say what the backward pass must bring.
+
+        Args:
+            weights: a random number w_k for every row of the batch, `[row]`.
+            combined: Σ_k w_k g_k by every parameter, by autograd; None where it was not used.
+        """
+        self.weights = weights
+        self._combined = {name: None if total is None else total.detach() for name, total in combined.items()}
+        norms = [total.norm() for total in self._combined.values() if total is not None]
+        self._size = float(torch.stack(norms).norm()) if norms else 0.0
+
+    def factors(self, name: str) -> list[Factors] | None:
+        """After the backward pass: the gradients of a parameter's rows, one entry for each use; None if not covered.
+
+        The rows may lie first or last. Either is taken only if the rows, combined with the expected weights, give
+        what autograd gave: if a single row got what is another's, they do not.
+        """
+        order = self.order(name)
+        return None if order is None else self.split(name, len(self.weights), order)
+
+    def order(self, name: str) -> Order | None:
+        """Where the rows lie; None if not covered."""
+        orders: tuple[Order, ...] = get_args(Order)
+        for order in orders:
+            factors = self.split(name, len(self.weights), order)
+            if factors is not None and self.agrees(name, [part.combined(self.weights) for part in factors]):
+                return order
+        return None
+
+    def split(self, name: str, num_rows: int, order: Order) -> list[Factors] | None:
+        """What is brought to the rows if they lie in this order; None if they cannot."""
+        if name in self.uncovered:
             return None
         try:
-            return [make(lambda tensor: _by_row(tensor, num_rows, order)) for make in self._brought.get(name, ())]
+            return [make(partial(_by_row, num_rows=num_rows, order=order)) for make in self._brought.get(name, ())]
         except NotByRowError:
             return None
 
-    def row(self, name: str, row: int, num_rows: int, order: Order | None) -> Tensor | None:
-        """The gradient of one row, `[*shape]`; None if not covered."""
-        factors = self.factors(name, num_rows, order)
-        if factors is None:
-            return None
-        parts = [part.take(torch.tensor([row])).gradients()[0] for part in factors]
-        return torch.stack(parts).sum(dim=0) if parts else torch.zeros(self._shapes[name])
-
-    def orders(self, name: str, row: int, num_rows: int, expected: Tensor) -> list[Order]:
-        """The orders in which a row has the expected gradient, float64 `[*shape]`."""
-        limit = SAME_ROW[torch.float64] * expected.norm() + torch.finfo(torch.float64).tiny
-        found = {order: self.row(name, row, num_rows, order) for order in get_args(Order)}
-        return [order for order, own in found.items() if own is not None and (own - expected).norm() <= limit]
+    def agrees(self, name: str, parts: Sequence[Tensor]) -> bool:
+        """Whether Σ_k w_k g_k is the sum of some parts."""
+        error, total = sum(parts, start=torch.zeros(())), self._combined[name]
+        if total is not None:
+            error = error - total.reshape(self._shapes[name])
+            unit = torch.finfo(total.dtype).eps
+            limit = SAME_ROW[total.dtype] * float(total.norm()) + _NOISE * unit * self._size
+        else:
+            limit = 0.0
+        return float(error.norm()) <= limit
 
     def _watch(self, roots: list[Any]) -> None:
         seen, waiting = set(roots), list(roots)
@@ -99,6 +129,8 @@ class Uses:
                 return
             for name, operation, transposed in known:
                 try:
+                    if delta.is_complex():
+                        raise NotByRowError("complex numbers")
                     make = operation(node, delta, self._shapes[name], transposed)
                     self._brought.setdefault(name, []).append(make)
                 except NotByRowError:
@@ -132,9 +164,10 @@ def _by_row(tensor: Tensor, num_rows: int, order: Order) -> Tensor:
         return tensor.transpose(0, 1)
     if not tensor.ndim or tensor.shape[0] % num_rows:
         raise NotByRowError(f"a tensor of shape {tuple(tensor.shape)} does not hold {num_rows} rows")
+    positions = tensor.shape[0] // num_rows
     if order == "first":
-        return tensor.reshape(num_rows, -1, *tensor.shape[1:])
-    return tensor.reshape(-1, num_rows, *tensor.shape[1:]).transpose(0, 1)
+        return tensor.reshape(num_rows, positions, *tensor.shape[1:])
+    return tensor.reshape(positions, num_rows, *tensor.shape[1:]).transpose(0, 1)
 
 
 def _summed_to(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
