@@ -27,6 +27,8 @@ _BY_LENGTH = 3 / 4
 """Part of the tolerance that sub-intervals have by their length."""
 _MOST_NODES = 1 << 12
 """Of a query and step: gradients that are less exact than their type never reach the tolerance."""
+_KEPT_PARTS = 32
+"""Sub-intervals whose gradients are put together at once."""
 _MOST_PARTS = 8
 """That a sub-interval is divided into at once."""
 _PART_ELEMENTS = 1 << 18
@@ -72,11 +74,12 @@ class PathFunction(Protocol):
         """
         ...
 
-    def gathered(self, parts: Sequence[tuple[Any, Tensor, Tensor]]) -> Tensor:
+    def gathered(self, parts: Sequence[tuple[Any, Tensor, Tensor]], total: Tensor | None) -> Tensor:
         """The sum of all averages, `[query, element]`.
 
         Args:
             parts: averages, which of their entries count, and the queries of those.
+            total: what to add to, in place.
         """
         ...
 
@@ -197,7 +200,8 @@ def integrate(
         kinks, rule, depth = True, quadrature.rule_for(function), quadrature.max_depth
     order = 2 if kinks and function.kinked else 2 * len(rule.nodes)
     every = torch.arange(len(tolerance), device=start.device)
-    spent, extra, parts = torch.zeros_like(every), torch.zeros_like(tolerance), []
+    spent, extra, parts = torch.zeros_like(every), torch.zeros_like(tolerance), list[tuple[Any, Tensor, Tensor]]()
+    phi: Tensor | None = None
     waiting = [(0.0, 1.0, every, *change)]
     while waiting:
         left, right, query, before, after = waiting.pop()
@@ -215,6 +219,8 @@ def integrate(
             done |= error <= _NOISE * averages.rounding(update)
         if done.any():
             parts.append((averages, done.nonzero()[:, 0], query[done]))
+        if len(parts) == _KEPT_PARTS:
+            phi, parts = function.gathered(parts, phi), []
         if done.all():
             continue
         query, before, after, share = (entries[~done] for entries in (query, before, after, share))
@@ -224,7 +230,7 @@ def integrate(
         values = [before, *(function.values(start, update, cut, query) for cut in cuts[1:-1]), after]
         inner = zip(cuts, cuts[1:], [query] * count, values, values[1:], strict=False)
         waiting += reversed(list(inner))
-    phi = function.gathered(parts)
+    phi = function.gathered(parts, phi)
     residual = change[1] - change[0] - _dot(phi, update)
     return StepIntegral(phi, residual, spent)
 

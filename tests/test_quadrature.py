@@ -29,8 +29,9 @@ class Scalar:
         nodes = [self.derivative(start + (left + length * node) * update) for node in rule.nodes]
         return Slopes(length * sum(weight * slope for weight, slope in zip(rule.weights, nodes, strict=True))[None])
 
-    def gathered(self, parts):
-        return sum(averages.slopes[kept].sum(dim=0, keepdim=True) for averages, kept, _ in parts)
+    def gathered(self, parts, total):
+        sums = [averages.slopes[kept].sum(dim=0, keepdim=True) for averages, kept, _ in parts]
+        return sum(sums, start=0.0 if total is None else total)
 
 
 class Slopes:

@@ -118,9 +118,10 @@ class QueryFunction:
             self._differentiate(result, params, rows, length * weight * weights, seen, points)
         return result
 
-    def gathered(self, parts: Sequence[tuple[Averages, Tensor, Tensor]]) -> Tensor:
+    def gathered(self, parts: Sequence[tuple[Averages, Tensor, Tensor]], total: Tensor | None) -> Tensor:
         """See `explaind.quadrature.PathFunction.gathered`."""
-        total = torch.zeros(self.num_queries, self._run.table.num_elements, dtype=self._dtype, device=self._device)
+        if total is None:
+            total = torch.zeros(self.num_queries, self._run.table.num_elements, dtype=self._dtype, device=self._device)
         for parameter in self._run.table:
             found = [
                 part for averages, kept, which in parts for part in averages.of(parameter.name, kept, which, total)
