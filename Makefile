@@ -10,13 +10,16 @@ dev := $(VENV)/.dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help grokking test lint types check clean
+.PHONY: help grokking benchmarks test lint types check clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 grokking: $(runtime) ## train the quick grokking run and explain it, into storage/grokking-quick
 	$(python) -m experiments.grokking --recipe quick --out storage/grokking-quick
+
+benchmarks: $(dev) ## measure what attribution costs, into docs/benchmarks.md; best on an idle machine
+	OMP_NUM_THREADS=1 $(python) -m tests.benchmarks
 
 test: $(dev) ## run the tests
 	$(python) -m pytest
