@@ -22,8 +22,6 @@ __all__ = ["TERMS", "Attribution", "Closure"]
 TERMS = ("contribution", "decay", "other", "rounding")
 """The terms that carry the axes of a decomposition."""
 
-_ROUNDING = {"float32": 1e-5}
-"""Error of gradients of that type, as a part of the path: no rule can promise less."""
 _MUCH = 1e-3
 """Of the path: more than this in `other` is warned about."""
 
@@ -89,7 +87,7 @@ class Attribution:
             error=float(error.max(skipna=False)),
             error_limit=1e-12,
             quadrature=share(data.quadrature),
-            quadrature_limit=max(float(data.attrs["tolerance"]), _ROUNDING.get(data.attrs["dtype"], 0.0)),
+            quadrature_limit=float(data.attrs["tolerance"]),
             other=share(np.abs(data.other)),
             rounding=share(np.abs(data.rounding)),
         )

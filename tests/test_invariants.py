@@ -13,7 +13,6 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 import explaind
-from explaind import quadrature
 from explaind.path import factored, factors
 from tests.cases import CASES, data, mlp, query, record
 
@@ -85,7 +84,7 @@ def run(tmp_path_factory):
 def test_block_sizes_change_nothing(run, monkeypatch):
     by = ("query", "example", "step", "parameter")
     whole = run.attribute(query(), by=by).dataset.contribution
-    for module, size in ((factors, "_BLOCK_BYTES"), (factored, "_BLOCK_BYTES"), (quadrature, "_PART_ELEMENTS")):
+    for module, size in ((factors, "_BLOCK_BYTES"), (factored, "_BLOCK_BYTES")):
         monkeypatch.setattr(module, size, 1)
     np.testing.assert_allclose(run.attribute(query(), by=by).dataset.contribution, whole, rtol=1e-10, atol=1e-13)
 

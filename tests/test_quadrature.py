@@ -23,14 +23,14 @@ class Scalar:
     def values(self, start, update, position, which):
         return self.function(start + position * update)
 
-    def averages(self, start, update, ends, which, rule, *, kinks):
+    def averages(self, start, update, ends, which, rule, *, kinks, exact):
         self.evaluations += len(rule.nodes)
         left, length = ends[0], ends[1] - ends[0]
         nodes = [self.derivative(start + (left + length * node) * update) for node in rule.nodes]
         return Slopes(length * sum(weight * slope for weight, slope in zip(rule.weights, nodes, strict=True))[None])
 
     def gathered(self, parts, total):
-        sums = [averages.slopes[kept].sum(dim=0, keepdim=True) for averages, kept, _ in parts]
+        sums = [part.weight * part.averages.slopes[part.entries] for part in parts]
         return sum(sums, start=0.0 if total is None else total)
 
 
@@ -39,7 +39,7 @@ class Slopes:
         self.slopes = slopes
 
     def products(self, update):
-        return self.slopes @ update
+        return (self.slopes @ update)[:, None]
 
     def rounding(self, update):
         return torch.finfo(torch.float64).eps * (self.slopes.abs() @ update.abs())

@@ -335,3 +335,23 @@ def test_every_run_closes_whatever_the_order_of_rows(name, choice, loop, dtype, 
                 for step in loop.steps
             ]
             check_order(run, name, choice, loop, shuffled)
+
+
+def test_gradients_that_float32_cannot_give_are_taken_in_float64(tmp_path):
+    # The path is short against the products along it, so that their rounding in float32 is 4e-5 of it.
+    choice = optim.NAdam, {"lr": 0.02, "weight_decay": 0.1, "betas": (0.5, 0.5), "eps": 1e-8}
+    loop = Loop(
+        steps=[[[0, 0], [0, 1, 5, 5]]],
+        clip=None,
+        zero_grad="none",
+        smoothing=0.2,
+        reduction="mean",
+        foreign=None,
+        skip=None,
+        factor=1.0,
+        closure=False,
+        aside=False,
+        two_groups=False,
+    )
+    run, model = recorded(tmp_path, "tanh", choice, loop, torch.float32)
+    check_closure(run, model, "tanh", choice, loop, torch.float32)

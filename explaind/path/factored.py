@@ -18,7 +18,7 @@ from explaind.path.factors import Factors, Summed
 from explaind.path.gradients import call_replay, replay_step
 from explaind.path.slices import Slices, layer_of
 from explaind.path.step import Step
-from explaind.path.uses import Uses
+from explaind.path.uses import ORDERS, Uses
 from explaind.replay.call import Replay
 from explaind.run import Run
 
@@ -51,50 +51,72 @@ class FactorProducts:
     def products(self, step: Step, number: int, rows: Tensor, psi: Tensor, slices: Slices) -> Tensor:
         """See `ExampleProducts.products`."""
         result = psi.new_zeros(len(psi), len(rows), len(slices), dtype=self._dtype)
-        for block, parameter, parts in self._parts(step, number, rows):
+        uses, rest = step.uses[number], list[Parameter]()
+        for parameter in self._run.table:
             layer = layer_of(parameter, slices)
             if layer is None:
                 continue
             vectors = psi[:, parameter.slice].to(self._dtype).reshape(len(psi), *parameter.shape)
-            for part in parts:
-                result[:, block, layer] += part.products(vectors)
+            products = _products(uses, parameter.name, vectors, rows)
+            if products is None:
+                rest.append(parameter)
+            else:
+                result[:, :, layer] += products
+        for block, parameter, gradients in self._alone(step, number, rows, rest):
+            flat = psi[:, parameter.slice].to(self._dtype)
+            result[:, block, layer_of(parameter, slices)] += flat @ gradients.reshape(-1, parameter.num_elements).T
         return result[:, :, None]
 
     def gradients(self, step: Step, number: int, rows: Tensor) -> list[Tensor]:
         """g_k of the given rows, in one block `[row, element]`."""
         result = torch.zeros(len(rows), self._run.table.num_elements, dtype=self._dtype, device=self._device)
-        for block, parameter, parts in self._parts(step, number, rows):
-            for part in parts:
-                result[block, parameter.slice] += part.gradients().reshape(-1, parameter.num_elements)
-        return [result]
-
-    def _parts(self, step: Step, number: int, rows: Tensor) -> Iterator[tuple[slice, Parameter, Sequence[Factors]]]:
-        """For blocks of the rows, a parameter and its uses' factors, until every row has all parameters."""
-        call = self._run.calls(step.index)[number]
-        replay = call_replay(self._run, step.index, call, dtype=self._dtype, device=self._device)
-        uses, rest, every = step.uses[number], list[Parameter](), len(rows) == replay.num_rows
+        uses, rest = step.uses[number], list[Parameter]()
         for parameter in self._run.table:
             factors = uses.factors(parameter.name)
             if factors is None:
                 rest.append(parameter)
-            else:
-                yield slice(None), parameter, factors if every else [part.take(rows) for part in factors]
-        if rest:
-            yield from self._alone(replay, rows, rest, uses)
+            for part in factors or ():
+                result[:, parameter.slice] += part.take(rows).gradients().reshape(-1, parameter.num_elements)
+        for block, parameter, gradients in self._alone(step, number, rows, rest):
+            result[block, parameter.slice] += gradients.reshape(-1, parameter.num_elements)
+        return [result]
 
     def _alone(
-        self, replay: Replay, rows: Tensor, parameters: Sequence[Parameter], uses: Uses
-    ) -> Iterator[tuple[slice, Parameter, Sequence[Factors]]]:
-        """Gradients of single rows, in blocks, for parameters that the pass does not cover."""
+        self, step: Step, number: int, rows: Tensor, parameters: Sequence[Parameter]
+    ) -> Iterator[tuple[slice, Parameter, Tensor]]:
+        """Gradients of single rows, in blocks `[row, *shape]`, by parameters that the pass does not cover."""
+        if not parameters:
+            return
+        call = self._run.calls(step.index)[number]
+        replay = call_replay(self._run, step.index, call, dtype=self._dtype, device=self._device)
         names = [parameter.name for parameter in parameters]
-        separate = self.separate and _are_separate(replay, uses, names)
+        separate = self.separate and _are_separate(replay, step.uses[number], names)
         self.coupled |= self.separate and not separate
         first = 0
         for block in _blocks(replay, rows, names):
             tensors = replay.separate_rows(block, names) if separate else replay.batch_rows(block.tolist())
             for parameter in parameters:
-                yield slice(first, first + len(block)), parameter, [Summed(tensors[parameter.name])]
+                yield slice(first, first + len(block)), parameter, tensors[parameter.name]
             first += len(block)
+
+
+def _products(uses: Uses, name: str, vectors: Tensor, rows: Tensor) -> Tensor | None:
+    """⟨ψ, g_k⟩ of some rows by a parameter, `[query, row]`; None if it is not covered."""
+    if len(rows) < uses.num_rows:
+        factors = uses.factors(name)
+        return None if factors is None else _sum_of_products([part.take(rows) for part in factors], vectors, len(rows))
+    # Of all rows, the products themselves show whether they are right, which is cheaper.
+    for order in ORDERS:
+        factors = uses.split(name, uses.num_rows, order)
+        if factors is not None:
+            products = _sum_of_products(factors, vectors, uses.num_rows)
+            if uses.products_agree(name, vectors, products):
+                return products
+    return None
+
+
+def _sum_of_products(factors: Sequence[Factors], vectors: Tensor, num_rows: int) -> Tensor:
+    return sum((part.products(vectors) for part in factors), start=vectors.new_zeros(len(vectors), num_rows))
 
 
 def factor_products(run: Run, *, dtype: torch.dtype, device: torch.device) -> FactorProducts | None:

@@ -115,7 +115,7 @@ class _Rows:
     def kind(self) -> Any:
         """See `Factors.kind`."""
         settings = tuple(value for value in vars(self).values() if not isinstance(value, Tensor))
-        return type(self), settings, tuple(tensor.shape[1:] for tensor in self._tensors.values())
+        return type(self), settings, tuple((tensor.dtype, tensor.shape[1:]) for tensor in self._tensors.values())
 
     def absolute(self) -> Self:
         """See `Factors.absolute`."""

@@ -117,14 +117,15 @@ def replay_step(
                 outputs = rows = forward.named(output)
                 if call.kind.part is None:
                     outputs = {"": forward.scalar(outputs, {})}
-            if watched:
-                weights, combined = combined_rows(rows, params, call.output_grads, seed=(step, len(uses)))
-                uses.append(Uses(outputs.values(), params))
-                uses[-1].expect(weights, combined)
-            torch.autograd.backward(
-                list(outputs.values()),
-                [call.output_grads[n].to(out) if n in call.output_grads else None for n, out in outputs.items()],
-            )
+            known = call.output_grads
+            cotangents = [known[name].to(out) if name in known else None for name, out in outputs.items()]
+            if not watched:
+                torch.autograd.backward(list(outputs.values()), cotangents)
+                continue
+            weights, combined = combined_rows(rows, params, call.output_grads, seed=(step, len(uses)))
+            uses.append(Uses(list(outputs.values()), params))
+            uses[-1].expect(weights, combined)
+            uses[-1].backward(cotangents)
     updated = dict(zip(run.table.names, run.updated[step], strict=True))
     gradients = {name: param.grad for name, param in params.items() if updated[name] and param.grad is not None}
     flat = run.table.flatten({name: dense(gradient) for name, gradient in gradients.items()}, dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,11 +14,12 @@ from torch.func import grad, vmap
 from explaind.calls import rebuild, tensor_names
 from explaind.errors import ExplaindError
 from explaind.outputs import Output
-from explaind.path.factors import Factors, Summed, add_combined
+from explaind.path.factors import Summed
 from explaind.path.gradients import combined_rows
 from explaind.path.kinks import averaged, watched
+from explaind.path.query_averages import QueryAverages, add_parts
 from explaind.path.uses import Order, Uses
-from explaind.quadrature import FixedRule
+from explaind.quadrature import PARTS, FixedRule, Part
 from explaind.query import Query
 from explaind.replay.model import call_function, cast, modes, vectorizable
 from explaind.run import Run
@@ -26,6 +27,8 @@ from explaind.run import Run
 __all__ = ["QueryFunction"]
 
 _NUM_PROBES = 4
+_KNOWN_POINTS = max(PARTS) + 1
+"""A sub-interval's ends, and the cuts between its parts."""
 
 
 class QueryFunction:
@@ -86,6 +89,7 @@ class QueryFunction:
             raise ValueError(f"{len(self.names)} query names were given for {len(self._weights)} queries.")
         self.kinked = bool(kinked)
         """Whether the model computes functions whose slopes jump."""
+        self._kinks = _KnownKinks()
         self._orders = self._find_orders(trained, scalars) if self.separate else {}
 
     @property
@@ -101,33 +105,52 @@ class QueryFunction:
     def values(self, start: Tensor, update: Tensor, position: float, which: Tensor) -> Tensor:
         """See `explaind.quadrature.PathFunction.values`."""
         rows, weights = self._members(which)
-        with torch.no_grad():
-            return weights @ self._scalars(start + position * update, rows)
+        with torch.no_grad(), watched() as seen:
+            scalars = self._scalars(start + position * update, rows)
+        self._kinks.put(start, update, position, rows, cast(seen, self._dtype, self._device))
+        return weights @ scalars
 
     def averages(
-        self, start: Tensor, update: Tensor, ends: tuple[float, float], which: Tensor, rule: FixedRule, *, kinks: bool
-    ) -> Averages:
+        self,
+        start: Tensor,
+        update: Tensor,
+        ends: tuple[float, float],
+        which: Tensor,
+        rule: FixedRule,
+        *,
+        kinks: bool,
+        exact: bool,
+    ) -> QueryAverages:
         """See `explaind.quadrature.PathFunction.averages`."""
+        dtype = torch.float64 if exact else self._dtype
         rows, weights = self._members(which)
-        result = Averages(self._run, len(which))
+        result = QueryAverages(self._run.table, len(which))
         left, length = ends[0], ends[1] - ends[0]
-        points = [(start + end * update).to(self._dtype) for end in ends] if kinks and self.kinked else []
-        seen = [self._watch(point, rows) for point in points]
+        average = kinks and self.kinked
+        seen = [self._kinks_at(start, update, end, rows, dtype) for end in ends] if average else []
+        points = [(start + end * update).to(dtype) for end in ends] if average else []
         for node, weight in zip(rule.nodes, rule.weights, strict=True):
-            params = (start + (left + length * node) * update).to(self._dtype)
+            params = (start + (left + length * node) * update).to(dtype)
             self._differentiate(result, params, rows, length * weight * weights, seen, points)
         return result
 
-    def gathered(self, parts: Sequence[tuple[Averages, Tensor, Tensor]], total: Tensor | None) -> Tensor:
+    def gathered(self, parts: Sequence[Part], total: Tensor | None) -> Tensor:
         """See `explaind.quadrature.PathFunction.gathered`."""
         if total is None:
             total = torch.zeros(self.num_queries, self._run.table.num_elements, dtype=self._dtype, device=self._device)
-        for parameter in self._run.table:
-            found = [
-                part for averages, kept, which in parts for part in averages.of(parameter.name, kept, which, total)
-            ]
-            add_combined(total[:, parameter.slice], found)
+        add_parts(self._run.table, total, parts)
         return total
+
+    def _kinks_at(self, start: Tensor, update: Tensor, position: float, rows: Tensor, dtype: torch.dtype) -> Kinks:
+        """Arguments of the kinked functions at a point of a segment."""
+        known = self._kinks.get(start, update, position, rows) if dtype == self._dtype else None
+        if known is not None:
+            return known
+        with torch.no_grad(), watched() as seen:
+            self._scalars((start + position * update).to(dtype), rows)
+        if dtype == self._dtype:
+            self._kinks.put(start, update, position, rows, seen)
+        return seen
 
     def _members(self, which: Tensor) -> tuple[Tensor, Tensor]:
         """The inputs that some queries need, `[row]`, and their weights in them, `[pair, row]`."""
@@ -139,11 +162,11 @@ class QueryFunction:
 
     def _differentiate(
         self,
-        result: Averages,
+        result: QueryAverages,
         params: Tensor,
         rows: Tensor,
         weights: Tensor,
-        seen: Sequence[dict[str, Tensor]],
+        seen: Sequence[Kinks],
         ends: Sequence[Tensor],
     ) -> None:
         """Add Σ_i w_i ∇ of the inputs' scalars at θ to a result."""
@@ -162,7 +185,7 @@ class QueryFunction:
                 result.add(name, Summed(torch.stack(gradients)), each)
             return
         uses = Uses([scalars], leaves)
-        scalars.sum().backward()
+        uses.backward([torch.ones_like(scalars)])
         rest = []
         for name in table.names:
             order = self._orders.get(name)
@@ -203,12 +226,6 @@ class QueryFunction:
             )
         return gradients
 
-    def _watch(self, params: Tensor, rows: Tensor) -> dict[str, Tensor]:
-        """Arguments of the kinked functions at θ."""
-        with torch.no_grad(), watched() as seen:
-            self._scalars(params, rows)
-        return seen
-
     def _find_orders(self, trained: Tensor, scalars: Tensor) -> dict[str, Order]:
         """Where the inputs' rows lie in the operations; settles whether the queries are separate."""
         orders: dict[str, Order | None] = {}
@@ -221,7 +238,7 @@ class QueryFunction:
             weights, combined = combined_rows({"": together}, leaves, {}, (0, 0))
             uses = Uses([together], leaves)
             uses.expect(weights, combined)
-            together.sum().backward()
+            uses.backward([torch.ones_like(together)])
             for row in probes:
                 with torch.no_grad():
                     alone = self._scalars(leaves, row[None])
@@ -262,40 +279,40 @@ class QueryFunction:
         return call_function(self._function, self._run.model, {**fixed, **tensors}, args, kwargs)
 
 
-class Averages:
-    """Average gradients of some queries, as factors of the inputs' rows and the weights of these in the queries."""
+Kinks = Mapping[str, Tensor]
+"""What `watched` collects."""
 
-    def __init__(self, run: Run, num_queries: int) -> None:
-        self._table, self._num_queries = run.table, num_queries
-        self._parts: dict[str, list[tuple[Factors, Tensor]]] = {name: [] for name in run.table.names}
 
-    def add(self, name: str, factors: Factors, weights: Tensor) -> None:
-        """Add a parameter's rows with weights `[query, row]`."""
-        self._parts[name].append((factors, weights))
+class _KnownKinks:
+    """Arguments of kinked functions at points of the segment that is being integrated.
 
-    def of(self, name: str, kept: Tensor, which: Tensor, total: Tensor) -> Iterator[tuple[Factors, Tensor]]:
-        """A parameter's factors with the kept queries' weights, in the rows `which` of `total [query, …]`."""
-        for factors, weights in self._parts[name]:
-            spread = weights.new_zeros(len(total), weights.shape[1])
-            yield factors, spread.index_copy_(0, which, weights[kept])
+    At the end that it shares with the segment before they are known from that one.
+    """
 
-    def products(self, update: Tensor) -> Tensor:
-        """See `explaind.quadrature.Averages.products`."""
-        return self._sum(update, absolute=False)
+    def __init__(self) -> None:
+        self._start = self._update = torch.empty(0)
+        self._known = list[tuple[float, Tensor, Kinks]]()
 
-    def rounding(self, update: Tensor) -> Tensor:
-        """See `explaind.quadrature.Averages.rounding`."""
-        dtype = next(weights.dtype for parts in self._parts.values() for _, weights in parts)
-        return torch.finfo(dtype).eps * self._sum(update.abs(), absolute=True)
+    def get(self, start: Tensor, update: Tensor, position: float, rows: Tensor) -> Kinks | None:
+        """What is known of some inputs at a point."""
+        self._enter(start, update)
+        for known, those, kinks in self._known:
+            if known == position and torch.equal(those, rows):
+                return kinks
+        return None
 
-    def _sum(self, update: Tensor, *, absolute: bool) -> Tensor:
-        total = torch.zeros(self._num_queries, dtype=torch.float64, device=update.device)
-        for parameter in self._table:
-            for factors, weights in self._parts[parameter.name]:
-                vector = update[parameter.slice].to(weights.dtype).reshape(1, *parameter.shape)
-                own, weight = (factors.absolute(), weights.abs()) if absolute else (factors, weights)
-                total += weight.to(torch.float64) @ own.products(vector)[0].to(torch.float64)
-        return total
+    def put(self, start: Tensor, update: Tensor, position: float, rows: Tensor, kinks: Kinks) -> None:
+        """Remember some inputs at a point."""
+        self._enter(start, update)
+        self._known = [*self._known[1 - _KNOWN_POINTS :], (position, rows, kinks)]
+
+    def _enter(self, start: Tensor, update: Tensor) -> None:
+        if start is self._start and update is self._update:
+            return
+        # The sweep goes from the last segment to the first.
+        shared = len(start) == len(self._start) and torch.equal(start + update, self._start)
+        self._known = [(1.0, rows, kinks) for position, rows, kinks in self._known if shared and position == 0]
+        self._start, self._update = start, update
 
 
 def query_call(run: Run, query: Query) -> tuple[Callable[..., Any], dict[str, Any]]:

@@ -84,10 +84,26 @@ class StepTerms:
 
 
 class Step:
-    """Step s of a run in float64: vectors of the derivation, each `[element]`."""
+    """Step s of a run in float64: vectors of the derivation, each `[element]`.
 
-    def __init__(self, run: Run, index: int, device: torch.device, *, rows_dtype: torch.dtype | None = None) -> None:
-        self._run, self._device, self._rows_dtype = run, device, rows_dtype
+    Args:
+        run: the run.
+        index: s.
+        device: where to compute.
+        rows_dtype: type of what the rows' gradients are made of, where they are needed.
+        replayed: replay the batch to find what of G_s comes from the examples; else all of it is taken to.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        index: int,
+        device: torch.device,
+        *,
+        rows_dtype: torch.dtype | None = None,
+        replayed: bool = True,
+    ) -> None:
+        self._run, self._device, self._rows_dtype, self._is_replayed = run, device, rows_dtype, replayed
         self.index = index
         self.params = self._load(run.flat_params(index))
         """θ_s"""
@@ -112,7 +128,7 @@ class Step:
     @cached_property
     def example_gradient_sum(self) -> Tensor:
         """The part of G_s that comes from the examples, Σ_k g_{k,s}, replayed and rescaled as recorded."""
-        return self._rescaling.apply(self.replayed_gradient)
+        return self._rescaling.apply(self.replayed_gradient) if self._is_replayed else self.gradient
 
     @cached_property
     def replayed_gradient(self) -> Tensor:
@@ -243,6 +259,8 @@ class Step:
         Raises:
             ModelMismatchError: an objective's gradient is not the recorded one.
         """
+        if not self._is_replayed:
+            return torch.zeros_like(self.gradient), torch.zeros_like(self.gradient)
         other, rounding = self._split(
             self.gradient - self.example_gradient_sum,
             self.gradient.abs() + self.example_gradient_sum.abs(),

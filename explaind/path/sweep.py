@@ -17,10 +17,10 @@ from explaind.path.gradients import batch_gradient
 from explaind.path.products import ExampleGradients, ExampleProducts, TangentProducts
 from explaind.path.queries import QueryFunction
 from explaind.path.reverse import ReverseSweep
-from explaind.path.slices import dot
+from explaind.path.slices import dot, layer_of
 from explaind.path.sources import Sources
 from explaind.path.step import Step, StepTerms
-from explaind.path.strategy import choose_gradients, choose_products
+from explaind.path.strategy import choose_gradients, choose_products, examples_are_all
 from explaind.quadrature import Quadrature, StepIntegral, integrate
 from explaind.run import Run
 
@@ -60,15 +60,21 @@ class Sweep:
             self.products = self._gradients = choose_gradients(run, dtype=dtype, device=device)
         elif sources.needs_rows:
             self.products = choose_products(run, dtype=dtype, device=device)
+        self._replayed = self.products is not None or not (all(run.rules) and examples_are_all(run, device))
         points = self._bar(path.points(), "query values", run.num_steps + 1)
         self.values = torch.stack([function.at(point) for point in points], dim=1)
         """q along the path, float64 `[query, snapshot]`."""
         changes = self.values.diff(dim=1).abs()
         self.path_length = changes.sum(dim=1)
         """Summed absolute changes of q along the path, `[query]`."""
-        share = 0.5 * torch.maximum(changes, self.path_length[:, None] / run.num_steps)
+        # A step may have as large a part of the error as of the path, one of little change as much as an average one.
+        parts = torch.maximum(changes, changes.mean(dim=1, keepdim=True))
+        parts *= (self.path_length / parts.sum(dim=1).clamp_min(torch.finfo(parts.dtype).tiny))[:, None]
         floor = 64 * torch.finfo(torch.float64).eps * self.values.abs().amax(dim=1, keepdim=True)
-        self._tolerance = torch.maximum(tolerance * share, floor)
+        self._tolerance = torch.maximum(tolerance * parts, floor)
+        self._columns = [layer_of(parameter, slices) for parameter in run.table]
+        self._rounded: dict[int, Tensor] = {}
+        """What the average gradients of wanted steps lost when they were rounded to their type, `[query, layer]`."""
         self.omitted = torch.zeros(function.num_queries, dtype=torch.float64, device=device)
         """What restrictions left out, `[query]`."""
         self.integrals: dict[int, StepIntegral] = {}
@@ -92,7 +98,7 @@ class Sweep:
             if step.index in self._wanted:
                 terms = sweep.terms(step, adjoint)
                 self.omitted += terms.omitted
-                yield step.index, terms
+                yield step.index, self._with_rounding(step.index, terms)
             else:
                 self.omitted += sweep.skip(step, adjoint)
 
@@ -111,7 +117,7 @@ class Sweep:
             if index in self._wanted:
                 terms = sweep.terms(step, held.pop(index) if self._path.averaged else self._adjoint(step))
                 self.omitted += terms.omitted
-                yield index, terms
+                yield index, self._with_rounding(index, terms)
             else:
                 sweep.advance(step)
                 if not self._path.averaged:
@@ -124,16 +130,14 @@ class Sweep:
             change = dot(adjoint, step.update, self._slices)
             nothing = torch.zeros_like(change)
             self.omitted += dot(adjoint, step.update, [[slice(None)]])[:, 0] - change.sum(dim=1)
-            yield (
-                step.index,
-                StepTerms(
-                    contribution=change[:, None, None],
-                    decay=nothing,
-                    other=nothing,
-                    rounding=nothing,
-                    omitted=nothing.sum(dim=1),
-                ),
+            terms = StepTerms(
+                contribution=change[:, None, None],
+                decay=nothing,
+                other=nothing,
+                rounding=nothing,
+                omitted=nothing.sum(dim=1),
             )
+            yield step.index, self._with_rounding(step.index, terms)
 
     def _wanted_backward(self) -> Iterator[tuple[Step, Tensor]]:
         """The wanted steps from the last to the first, with λ_s; what the others add is omitted."""
@@ -160,7 +164,7 @@ class Sweep:
 
     def _step(self, index: int) -> Step:
         rows_dtype = self._dtype if isinstance(self.products, FactorProducts) else None
-        return Step(self._run, index, self._device, rows_dtype=rows_dtype)
+        return Step(self._run, index, self._device, rows_dtype=rows_dtype, replayed=self._replayed)
 
     def _adjoint(self, step: Step) -> Tensor:
         """λ_s, `[query, element]`; of weights that are not averaged, φ_s."""
@@ -173,7 +177,7 @@ class Sweep:
         start, move = self._path.segment(step)
         if not self._path.moves(s):
             nothing = torch.zeros_like(self.path_length)
-            self.integrals[s] = StepIntegral(start.new_empty(0), nothing, nothing.to(torch.int64))
+            self.integrals[s] = StepIntegral(start.new_empty(0), nothing[:, None], nothing, nothing.to(torch.int64))
             return start.new_zeros(len(nothing), len(start))
         integral = integrate(
             self._function,
@@ -183,8 +187,24 @@ class Sweep:
             tolerance=self._tolerance[:, s],
             quadrature=self._rule,
         )
+        self._account_for_rounding(s, integral, move)
         self.integrals[s] = replace(integral, gradient=integral.gradient.new_empty(0))
         return integral.gradient
+
+    def _account_for_rounding(self, step: int, integral: StepIntegral, move: Tensor) -> None:
+        """The residual is that of the gradients as they were found; what they lost when put together is rounding."""
+        lost = integral.products - dot(integral.gradient, move, [[parameter.slice] for parameter in self._run.table])
+        by_layer = lost.new_zeros(len(lost), len(self._slices))
+        for column, layer in enumerate(self._columns):
+            if layer is not None and step in self._wanted:
+                by_layer[:, layer] += lost[:, column]
+            else:
+                self.omitted += lost[:, column]
+        if step in self._wanted:
+            self._rounded[step] = by_layer
+
+    def _with_rounding(self, step: int, terms: StepTerms) -> StepTerms:
+        return replace(terms, rounding=terms.rounding + self._rounded.pop(step, 0.0))
 
     def _bar(self, steps: Iterable[_Entry], what: str, total: int | None = None) -> Iterable[_Entry]:
         hidden = None if self._progress else True

@@ -8,7 +8,7 @@ covered.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from explaind.path.factors import Convolved, Factors, Gathered, Outer, Summed
 
-__all__ = ["SAME_ROW", "Order", "Uses"]
+__all__ = ["ORDERS", "SAME_ROW", "Order", "Uses"]
 
 SAME_ROW = {torch.float64: 1e-8, torch.float32: 1e-4}
 """Largest difference of combined rows from what autograd gives, relative to the norm."""
@@ -26,6 +26,7 @@ _NOISE = 64
 
 Order = Literal["first", "last"]
 """Whether the rows of the batch come before or after the positions within a row, such as tokens."""
+ORDERS: tuple[Order, ...] = get_args(Order)
 
 _Split = Callable[[Tensor], Tensor]
 """Gives a tensor the axes `[row, position, …]`."""
@@ -37,20 +38,30 @@ class NotByRowError(ValueError):
 
 
 class Uses:
-    """Watches the backward pass that is about to start at some outputs.
+    """Watches the backward pass that starts at some outputs.
 
     Args:
         outputs: where it starts.
         leaves: the parameters, leaves of the graph, by name.
     """
 
-    def __init__(self, outputs: Iterable[Tensor], leaves: Mapping[str, Tensor]) -> None:
+    def __init__(self, outputs: Sequence[Tensor], leaves: Mapping[str, Tensor]) -> None:
+        self._outputs, self._hooks = outputs, list[Any]()
         self._names = {id(leaf): name for name, leaf in leaves.items()}
         self._shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
         self._brought: dict[str, list[_Make]] = {}
         self.uncovered = {self._names[id(output)] for output in outputs if id(output) in self._names}
         """Parameters whose gradients come, at least in part, from operations that are not known here."""
         self._watch([output.grad_fn for output in outputs if output.grad_fn is not None])
+
+    def backward(self, cotangents: Sequence[Tensor | None]) -> None:
+        """Make the backward pass, once; the leaves get their gradients."""
+        try:
+            torch.autograd.backward(self._outputs, cotangents)
+        finally:
+            for hook in self._hooks:
+                hook.remove()  # else the graph and its hooks, which know its nodes, would keep each other in memory
+            self._outputs, self._hooks = (), []
 
     def expect(self, weights: Tensor, combined: Mapping[str, Tensor | None]) -> None:
         """Say what the backward pass must bring.
@@ -71,13 +82,12 @@ class Uses:
         what autograd gave: if a single row got what is another's, they do not.
         """
         order = self.order(name)
-        return None if order is None else self.split(name, len(self.weights), order)
+        return None if order is None else self.split(name, self.num_rows, order)
 
     def order(self, name: str) -> Order | None:
         """Where the rows lie; None if not covered."""
-        orders: tuple[Order, ...] = get_args(Order)
-        for order in orders:
-            factors = self.split(name, len(self.weights), order)
+        for order in ORDERS:
+            factors = self.split(name, self.num_rows, order)
             if factors is not None and self.agrees(name, [part.combined(self.weights) for part in factors]):
                 return order
         return None
@@ -90,6 +100,24 @@ class Uses:
             return [make(partial(_by_row, num_rows=num_rows, order=order)) for make in self._brought.get(name, ())]
         except NotByRowError:
             return None
+
+    def products_agree(self, name: str, vectors: Tensor, products: Tensor) -> bool:
+        """Whether Σ_k w_k ⟨ψ, g_k⟩ is ⟨ψ, Σ_k w_k g_k⟩ for vectors `[query, *shape]` and products `[query, row]`."""
+        total = self._combined[name]
+        if total is None:
+            return not bool(products.any())
+        vectors = vectors.reshape(len(vectors), -1)
+        error = (products @ self.weights - vectors @ total.flatten()).abs()
+        limit = SAME_ROW[total.dtype] * (products.abs() @ self.weights.abs())
+        if bool((error <= limit).all()):
+            return True
+        noise = _NOISE * torch.finfo(total.dtype).eps * self._size * vectors.norm(dim=1)
+        return bool((error <= limit + noise).all())
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the batch."""
+        return len(self.weights)
 
     def agrees(self, name: str, parts: Sequence[Tensor]) -> bool:
         """Whether Σ_k w_k g_k is the sum of some parts."""
@@ -121,7 +149,7 @@ class Uses:
                     else:
                         known.append((name, operation, transposed))
             if known:
-                node.register_prehook(self._hook(node, known))
+                self._hooks.append(node.register_prehook(self._hook(node, known)))
 
     def _hook(self, node: Any, known: list[tuple[str, _Operation, bool]]) -> Callable[..., None]:
         def bring(gradients: tuple[Tensor | None, ...]) -> None:
@@ -184,7 +212,10 @@ def _summed_to(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
 def _live(delta: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     """Leave out positions at which no row has a gradient, such as all but the last token of a sequence."""
     if delta.shape[1] > 1:
-        live = (delta != 0).flatten(start_dim=2).any(dim=2).any(dim=0)
+        by_position = delta.flatten(start_dim=2)
+        live = by_position[0].any(dim=1)
+        for position in (~live).nonzero()[:, 0].tolist():
+            live[position] = by_position[:, position].any()
         if not bool(live.all()):
             return tuple(tensor[:, live] for tensor in (delta, *others))
     return (delta, *others)

@@ -6,7 +6,13 @@ from functools import partial
 from typing import Any
 
 import explaind
-from tests.benchmarks.problems import Loop, Problem, digits, modular_addition
+from tests.benchmarks.problems import (
+    Loop,
+    Problem,
+    digits,
+    modular_addition,
+    modular_addition_last_position,
+)
 from tests.benchmarks.runs import sections
 from tests.benchmarks.sizes import Size
 from tests.benchmarks.timing import ratios
@@ -19,18 +25,26 @@ ALL_AXES = ("query", "example", "step", "layer")
 def queries(size: Size) -> list[dict[str, Any]]:
     """One query, a mean, many, and many without examples; in each recorded section but the first.
 
-    The first steps are violent, and few: `precision` shows what they cost.
+    The first steps are violent, and few: `precision` shows what they cost. What comes before the first step, once for
+    all steps, is counted apart.
     """
+    later = dict(list(size.phases.items())[1:])
+    last = dict(list(size.phases.items())[-1:])
     records = []
-    for problem, every in ((modular_addition(size), size.phases), (digits(size), size.digits_phases)):
-        phases = dict(list(every.items())[1:])
+    for problem, phases, is_goal in (
+        (modular_addition(size), later, True),
+        (modular_addition_last_position(size), last, False),
+        (digits(size), dict(list(size.digits_phases.items())[1:]), True),
+    ):
         loop = Loop(problem)
         for phase, run in sections(problem, size, phases).items():
-            records += _section(problem, loop, run, phase, size)
+            records += _section(problem, loop, run, phase, size, is_goal=is_goal)
     return records
 
 
-def _section(problem: Problem, loop: Loop, run: explaind.Run, phase: str, size: Size) -> list[dict[str, Any]]:
+def _section(
+    problem: Problem, loop: Loop, run: explaind.Run, phase: str, size: Size, *, is_goal: bool
+) -> list[dict[str, Any]]:
     one, many = problem.query(1), problem.query(size.num_queries)
     every = problem.query(size.num_averaged)
     asked = {
@@ -39,29 +53,32 @@ def _section(problem: Problem, loop: Loop, run: explaind.Run, phase: str, size: 
         f"{size.num_queries} queries": (many, ALL_AXES, 12, 8),
         f"{size.num_queries} queries, step × layer only": (many, ("query", "step", "layer"), 1.5, 0.7),
     }
-    results: dict[str, explaind.Attribution] = {}
-
-    tolerances = {name: _tolerance(problem, run, query) for name, (query, *_) in asked.items()}
-
-    def attribute(name: str) -> None:
-        query, by, *_ = asked[name]
-        results[name] = run.attribute(query, by=by, tolerance=tolerances[name])
-
-    measured = ratios(loop.step, {name: partial(attribute, name) for name in asked}, rounds=size.rounds)
-    return [
-        {
-            "work": name,
-            "case": f"{problem.name}, {phase}",
-            "unit": "t per step",
-            **measured[name].per(run.num_steps).record(),
-            "must": asked[name][2],
-            "stretch": asked[name][3],
-            "steps": run.num_steps,
-            "nodes_per_step": float(results[name].dataset.num_nodes.mean()),
-            "error_per_step": float(abs(results[name].dataset.quadrature).mean()),
-        }
-        for name in asked
-    ]
+    records, last = [], run.num_steps - 1
+    for name, (query, by, must, stretch) in asked.items():
+        attribute = partial(run.attribute, query, by=by, tolerance=_tolerance(problem, run, query))
+        measured = ratios(
+            loop.step,
+            {"all": attribute, "last": partial(attribute, steps=[last])},
+            rounds=size.rounds,
+        )
+        more = measured["all"].minus(measured["last"]).per(last)
+        data = attribute().dataset
+        case = f"{problem.name}, {phase}"
+        records.append(
+            {
+                "work": name,
+                "unit": "t per step",
+                "case": case,
+                **more.record(),
+                **({"must": must, "stretch": stretch} if is_goal else {}),
+                "steps": run.num_steps,
+                "nodes_per_step": float(data.num_nodes.mean()),
+                "error_per_step": float(abs(data.quadrature).mean()),
+            }
+        )
+        before = measured["last"].minus(more)
+        records.append({"work": f"{name}, before the first step", "unit": "t", "case": case, **before.record()})
+    return records
 
 
 def _tolerance(problem: Problem, run: explaind.Run, query: explaind.Query) -> float:

@@ -45,6 +45,11 @@ class Ratio:
         """The same for one of so many equal parts of the work."""
         return replace(self, value=self.value / number, low=self.low / number, high=self.high / number)
 
+    def minus(self, other: Ratio) -> Ratio:
+        """What is left of the work without another one."""
+        value, low, high = self.value - other.value, self.low - other.high, self.high - other.low
+        return replace(self, value=value, low=low, high=high)
+
     def record(self) -> dict[str, float]:
         """As plain data."""
         return {
