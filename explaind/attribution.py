@@ -6,13 +6,15 @@ import warnings
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
-from explaind.errors import ClosureError, StoreExistsError, UnattributedWarning
+from explaind.errors import ClosureError, StoreFormatError, UnattributedWarning
+from explaind.stream import new_store, write_dataset
+from explaind.sums import sums
 
 if TYPE_CHECKING:
     from explaind.plots.accessor import AttributionPlots
@@ -65,31 +67,32 @@ class Attribution:
     def __init__(self, dataset: xr.Dataset) -> None:
         self.dataset = dataset
         """The terms as an `xarray.Dataset`; see `explaind.Run.attribute` for its variables."""
+        self._stored: Path | None = None
 
     @property
     def total(self) -> xr.DataArray:
         """Sum of all terms, `[query]`; equals `dataset.prediction` up to the closure error."""
-        return self._summed(lambda term: term)
+        return self._totals()[0]
 
     @property
     def closure(self) -> Closure:
         """The certificate: how far the terms are from summing to the prediction."""
         data = self.dataset
-        size = self._summed(np.abs) + np.abs(data.prediction)
-        error = np.abs(self.total - data.prediction) / size.where(size > 0, 1.0)
+        total, terms = self._totals()
+        size = sum((absolute for _, absolute in terms.values()), start=np.abs(data.prediction))
+        error = np.abs(total - data.prediction) / size.where(size > 0, 1.0)
         path = data.path_length.where(data.path_length > 0, 1.0)
 
         def share(term: xr.DataArray) -> float:
-            summed = term.sum([dim for dim in term.dims if dim != "query"], skipna=False)
-            return float((np.abs(summed) / path).max(skipna=False))
+            return float((np.abs(term) / path).max(skipna=False))
 
         return Closure(
             error=float(error.max(skipna=False)),
             error_limit=1e-12,
-            quadrature=share(data.quadrature),
+            quadrature=share(terms["quadrature"][0]),
             quadrature_limit=float(data.attrs["tolerance"]),
-            other=share(np.abs(data.other)),
-            rounding=share(np.abs(data.rounding)),
+            other=share(terms["other"][1]),
+            rounding=share(terms["rounding"][1]),
         )
 
     def check(self, *, tolerance: float | None = None) -> Closure:
@@ -143,8 +146,7 @@ class Attribution:
         if num < 1:
             raise ValueError(f"num must be at least 1, got {num}.")
         axis = self._example_axis()
-        summed = self.dataset.contribution
-        summed = summed.sum([dim for dim in summed.dims if dim not in ("query", axis)])
+        (summed,) = sums(self.dataset.contribution, ("query", axis), np.positive)
         frames = []
         for query in self.dataset.indexes["query"] if "query" in summed.dims else [None]:
             scores = (summed if query is None else summed.sel(query=query)).to_series().sort_values()
@@ -165,15 +167,28 @@ class Attribution:
         Raises:
             StoreExistsError: something is at `path` already.
         """
-        if Path(path).exists():
-            raise StoreExistsError(f"{path} exists already; save the result somewhere else, or remove it first.")
-        texts = {name: c.astype(object) for name, c in self.dataset.coords.items() if c.dtype.kind == "U"}
-        self.dataset.assign_coords(texts).to_zarr(path, mode="w-", consolidated=False)
+        with new_store(Path(path)) as unfinished:
+            write_dataset(unfinished, self.dataset)
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """Read a result that `save` wrote; arrays are loaded when they are used."""
-        return cls(xr.open_zarr(path, consolidated=False, chunks=None))
+        """Read a result that `save` or `run.attribute(…, out=)` wrote; arrays are read when they are used.
+
+        Raises:
+            StoreFormatError: it is no result, or not a whole one.
+        """
+        try:
+            dataset = xr.open_zarr(path, consolidated=False, chunks=None)
+        except FileNotFoundError as error:
+            raise StoreFormatError(f"{path} is not a stored result: there is no zarr group.") from error
+        if missing := [name for name in (*TERMS, "prediction") if name not in dataset]:
+            raise StoreFormatError(
+                f"{path} is not a stored result, or not a whole one: it has no {missing[0]!r}. Expected a directory "
+                "written by result.save(path) or run.attribute(…, out=path)."
+            )
+        result = cls(dataset)
+        result._stored = Path(path)
+        return result
 
     @property
     def plot(self) -> AttributionPlots:
@@ -191,19 +206,23 @@ class Attribution:
             "run.attribute(query, by=('query', 'example'))."
         )
 
-    def _summed(self, of_term: Any) -> xr.DataArray:
-        data = self.dataset
-        total = of_term(data.initial) + of_term(data.omitted)
-        for name in (*TERMS, "quadrature"):
-            term = of_term(data[name])
-            total = total + term.sum([dim for dim in term.dims if dim != "query"], skipna=False)
-        result: xr.DataArray = total
-        return result
+    def _totals(self) -> tuple[xr.DataArray, dict[str, tuple[xr.DataArray, xr.DataArray]]]:
+        """The sum of all terms `[query]`, and of each the sum of its entries and of their absolute values."""
+        terms = {}
+        for name in (*TERMS, "quadrature", "initial", "omitted"):
+            signed, absolute = sums(self.dataset[name], ("query",), np.positive, np.abs)
+            terms[name] = signed, absolute
+        return sum((signed for signed, _ in terms.values()), start=xr.DataArray(0.0)), terms
 
     def __repr__(self) -> str:
         data = self.dataset
         axes = ", ".join(f"{name}: {size}" for name, size in data.contribution.sizes.items())
-        return f"<Attribution of {data.attrs['output']} ({axes})>\n{self.closure}"
+        return f"<Attribution of {data.attrs['output']} ({axes})>\n{self._state}"
 
     def _repr_html_(self) -> str:
-        return f"<p>{escape(str(self.closure))}</p>{self.dataset._repr_html_()}"
+        return f"<p>{escape(self._state)}</p>{self.dataset._repr_html_()}"
+
+    @property
+    def _state(self) -> str:
+        # To look at a result must not read all of a store.
+        return str(self.closure) if self._stored is None else f"stored at {self._stored}; check() reads it whole"

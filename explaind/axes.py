@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from operator import index
-
-import numpy as np
 
 from explaind.errors import ResultTooLargeError
 from explaind.run import Run
@@ -100,24 +99,26 @@ def _merge(parts: list[slice]) -> list[slice]:
     return merged
 
 
-def check_size(sizes: Mapping[str, int], *, buffers: int) -> None:
+def check_size(sizes: Mapping[str, int], buffers: int, *, stored: bool) -> None:
     """Refuse what would take more than half of the machine's memory.
 
     Args:
         sizes: length of each axis of the result.
         buffers: number of entries of the momentum buffers.
+        stored: whether the result is written to a store, so that it need not fit.
 
     Raises:
         ResultTooLargeError: with the size, and what to leave out.
     """
     limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    entries = int(np.prod(list(sizes.values())))
-    if 8 * entries > limit:
+    entries = math.prod(sizes.values())
+    if 8 * entries > limit and not stored:
         shape = " × ".join(f"{size} {axis}" for axis, size in sizes.items())
         largest = max(sizes, key=lambda axis: sizes[axis])
         raise ResultTooLargeError(
             f"the result would have {shape} entries, {8 * entries / 2**30:.1f} GiB; half of this machine's memory is "
-            f"{limit / 2**30:.1f} GiB. Leave {largest!r} out of by, or restrict it."
+            f"{limit / 2**30:.1f} GiB. Write it to a store with out='result.zarr', leave {largest!r} out of by, or "
+            "restrict it."
         )
     if 16 * buffers > limit:
         raise ResultTooLargeError(

@@ -145,9 +145,8 @@ def fingerprint_output(output: Any) -> Tensor:
     if not tensors:
         return torch.zeros(2, dtype=torch.float64)
     wide = [tensor.float() if tensor.itemsize < 4 else tensor for tensor in tensors]
-    norms = torch.stack([torch.linalg.vector_norm(tensor).double() for tensor in wide])
-    sums = torch.stack([tensor.sum().double() for tensor in wide])
-    return torch.stack([torch.linalg.vector_norm(norms), sums.sum()])
+    numbers = wide[0] if len(wide) == 1 else torch.cat([tensor.reshape(-1) for tensor in wide])
+    return torch.stack([torch.linalg.vector_norm(numbers), numbers.sum()]).double()
 
 
 def map_tensors(output: Any, function: Callable[[str, Tensor], Tensor], name: str = "") -> Any:

@@ -71,13 +71,20 @@ class ParameterTable(Sequence[Parameter]):
             offset += tensor.numel()
         return cls(parameters)
 
-    def flatten(self, tensors: Mapping[str, Tensor | None], dtype: torch.dtype | None = None) -> Tensor:
-        """Copy named tensors `[*shape]` to one vector `[element]` on the host; a missing or None one is zero."""
+    def flatten(
+        self, tensors: Mapping[str, Tensor | None], dtype: torch.dtype | None = None, *, out: Tensor | None = None
+    ) -> Tensor:
+        """Copy named tensors `[*shape]` to one vector `[element]` on the host, or to `out`; a missing or None is zero.
+
+        Without `out` its type is `dtype`, or that of the table.
+        """
         parts = [zero if (part := tensors.get(name)) is None else part for name, zero in self._zeros.items()]
         if len(parts) == 1 or len(set(map(_DEVICE, parts))) > 1:  # of one tensor, torch would make a view
             parts = [part.detach().to("cpu", copy=True) for part in parts]
         with torch.no_grad():
             flat: Tensor = _flatten_dense_tensors(parts)
+            if out is not None:
+                return out.copy_(flat)
         return flat.to(device="cpu", dtype=dtype or self.dtype)
 
     def flatten_rows(self, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequenc
 from functools import cached_property
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import pandas as pd
@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from explaind.attribution import Attribution
     from explaind.averages import Average
     from explaind.path.verify import VerifyReport
+    from explaind.plan import Plan
     from explaind.quadrature import Quadrature
     from explaind.query import Query
+    from explaind.request import Settings
 
 __all__ = ["Run", "open_run"]
 
@@ -146,6 +148,8 @@ class Run(Record):
         quadrature: Quadrature | str = "adaptive",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        out: str | Path | None = None,
+        memory: int | None = None,
         progress: bool = False,
     ) -> Attribution:
         """Write q(θ_S) as q(θ_0) plus what every example, step and layer added: an exact sum.
@@ -167,9 +171,14 @@ class Run(Record):
             tolerance: wanted quadrature error, as a part of the query's path length Σ_s |q(θ_{s+1}) − q(θ_s)|.
             quadrature: `"adaptive"`, or a rule from `explaind.quadrature`.
             dtype: type of gradients and products, by default the one that the run was trained in. With float32 the
-                terms have its rounding, about 1e-5 of the path, measured and part of `rounding`, and a smaller
-                quadrature error than that cannot be promised; the certificate is always float64.
+                terms have its rounding, measured and part of `rounding`; gradients of queries whose rounding alone
+                would exceed the tolerance are computed in float64. The certificate is always float64.
             device: where to compute; by default the host.
+            out: a directory for a zarr store, where the terms are written step by step as they are computed; the result
+                reads them when they are used. It has that name once it is whole.
+            memory: bytes that the computation may work in beside the result, by default a quarter of what is free. If
+                that does not hold all queries, they are computed in several sweeps over the run, a part in each;
+                `run.plan` says how many. What a mean over many inputs takes grows with their number.
             progress: show a progress bar.
 
         Returns:
@@ -178,7 +187,9 @@ class Run(Record):
             - `contribution [*by]`: what the examples' gradients did;
             - `decay`, `other`, `rounding [*by without examples]`: weight decay; gradient or movement that came from
               no recorded example (a penalty on the parameters, noise, an edit by hand, momentum from before the
-              recording); floating-point rounding of the training itself;
+              recording); floating-point rounding of the training itself. Without examples, a few steps' batches are
+              replayed (`attrs["replayed"]` says which), and those of all other steps only if one of these gradients
+              is not its examples' alone; else the gradients of the other steps count as theirs;
             - `quadrature [query, update_step]`: the measured error of the path integral;
             - `initial`, `prediction`, `omitted`, `path_length [query]`: q(θ_0), q(θ_S), what restrictions left out,
               and Σ_s |q(θ_{s+1}) − q(θ_s)|.
@@ -186,18 +197,21 @@ class Run(Record):
         Raises:
             ValueError: axes, steps, examples, layers or groups that do not exist or do not go together.
             UnknownUpdateRuleError: the example axis for an optimizer without a rule.
-            ResultTooLargeError: the arrays would not fit in memory.
+            ResultTooLargeError: the result would not fit in memory and has no `out`, or a single query needs more than
+                `memory`.
+            StoreExistsError: something is at `out` already.
             ModelMismatchError: the model computes something else than was recorded.
             VerificationError: the examples' gradients do not sum to the recorded step's.
 
         Cost:
-            Per step one forward and backward pass of the batch, a few of the queries' inputs, and with the example
-            axis one product for each query, example and weight. Memory: three vectors of the parameters' size for each
-            query, and the activations of one step.
+            Per step a few forward and backward passes of the queries' inputs, and with the example axis one forward
+            pass of the batch, two backward passes, and a product for each query, example and weight; `run.plan` counts
+            them. Memory: four vectors of the parameters' size for each query, and the activations of one step.
         """
         from explaind.decomposition import attribute
+        from explaind.request import check_request
 
-        return attribute(
+        request = check_request(
             self,
             query,
             by=by,
@@ -210,8 +224,32 @@ class Run(Record):
             quadrature=quadrature,
             dtype=dtype,
             device=device,
+            out=out,
+            memory=memory,
             progress=progress,
         )
+        return attribute(request)
+
+    def plan(self, query: Query, *, by: Sequence[str], **settings: Unpack[Settings]) -> Plan:
+        """Find out what `attribute` will cost with the same arguments, from a few of the steps that it would compute.
+
+        Steps from the middle of three equal stretches of the run are computed, which takes as long as they do; what
+        differs from step to step, such as the number of nodes, is their mean. Nothing is written and nothing kept.
+
+        Args:
+            query: as in `attribute`.
+            by: likewise.
+            settings: likewise.
+
+        Returns:
+            A `Plan`, which prints as a table.
+
+        Raises:
+            Exception: what `attribute` would raise before it computes anything.
+        """
+        from explaind.calibration import make_plan
+
+        return make_plan(self, query, by=by, **settings)
 
     def verify(self, *, progress: bool = False) -> VerifyReport:
         """Replay every step and compare with the record; see `explaind.path.verify.verify`."""

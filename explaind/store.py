@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections import OrderedDict
+import math
+from collections import Counter, OrderedDict
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -104,7 +106,30 @@ class StoreReader:
         for name in self.commit.arrays:
             if not (path / name / "zarr.json").is_file():
                 raise DamagedStoreError(f"the array '{name}' is missing from {path}")
+        self.reads: Counter[str] = Counter()
+        """How often each array was read from."""
+        self.bytes_read = 0
+        """Of the chunks that were not in memory any more, after they were decompressed."""
+        self._lock = RLock()
+        """Steps are read ahead by a thread of their own."""
         self._cache: OrderedDict[tuple[str, int], NDArray[Any]] = OrderedDict()
+
+    def num_bytes(self, name: str, left_out: float = 0.0) -> int:
+        """Bytes of the valid rows of an array, not compressed, but for the chunks in a first part that is left out."""
+        array = self._open(name)
+        length, rows = self.length(_dims(array)[0]), array.chunks[0]
+        first = int(left_out * length) // rows * rows
+        return (length - first) * math.prod(array.shape[1:]) * array.dtype.itemsize
+
+    def chunk_bytes(self, name: str) -> int:
+        """Bytes of a chunk of an array, not compressed."""
+        array = self._open(name)
+        return math.prod(array.chunks) * array.dtype.itemsize
+
+    @property
+    def cached_bytes(self) -> int:
+        """Most bytes of chunks that are kept in memory."""
+        return min(_CACHE_BYTES, sum(map(self.num_bytes, self.commit.arrays)))
 
     def length(self, dimension: str) -> int:
         """Number of valid entries along a growing dimension."""
@@ -124,6 +149,11 @@ class StoreReader:
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Rows `start:stop` of an array; without `stop`, up to the last published one."""
+        with self._lock:
+            return self._read(name, start, stop)
+
+    def _read(self, name: str, start: int, stop: int | None) -> NDArray[Any]:
+        self.reads[name] += 1
         array = self._open(name)
         valid = self.length(_dims(array)[0])
         stop = valid if stop is None else stop
@@ -172,6 +202,7 @@ class StoreReader:
         self._check_same()
         if len(block) != stop - start:
             raise DamagedStoreError(f"the array ends too early: {where}; it has only {array.shape[0]} rows")
+        self.bytes_read += block.nbytes
         self._cache[key] = block
         while len(self._cache) > 1 and sum(chunk.nbytes for chunk in self._cache.values()) > _CACHE_BYTES:
             self._cache.popitem(last=False)

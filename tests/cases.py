@@ -89,6 +89,7 @@ CASES = [
         loss=lambda out, y: F.cross_entropy(out, y, label_smoothing=0.2, reduction="sum"),
     ),
 ]
+BY_NAME = {case.name: case for case in CASES}
 
 
 def train(case: Case, model: nn.Module, recorder: explaind.Recorder | None, optimizer: Optimizer) -> None:

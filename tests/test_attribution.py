@@ -6,9 +6,8 @@ import torch
 from torch import nn
 
 import explaind
-from tests.cases import CASES, NUM_CLASSES, data, query, record
+from tests.cases import BY_NAME, NUM_CLASSES, data, query, record
 
-BY_NAME = {case.name: case for case in CASES}
 FULL = ("query", "example", "step", "parameter")
 
 
@@ -149,7 +148,7 @@ def test_stored_gradients_give_the_replayed_numbers(tmp_path, full):
     assert result.dataset.attrs["example_products"] == "stored"
 
 
-def test_top_names_the_largest_of_each_sign(run, full):
+def test_top_names_the_largest_of_each_sign(full):
     top = full.top(2)
     scores = full.dataset.contribution.sum(["step", "parameter"]).sel(query=1).to_series()
     raised = top[(top["query"] == 1) & (top["direction"] == "raised")]

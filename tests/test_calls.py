@@ -1,27 +1,25 @@
-"""How a model is called and what it returns: containers, parts, shapes, compilation, autocast."""
+"""How a model is called and what it returns: containers, parts, shapes, arguments that change."""
 
-import shutil
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.parametrizations import spectral_norm
-from torch.optim import SGD, AdamW
-from torch.utils.data import DataLoader
+from torch.optim import AdamW
 
 import explaind
-import explaind.reference
 from explaind.calls import map_tensors, named_tensors, rebuild, take_apart
 from explaind.errors import RecordingError
-from explaind.replay.model import call_function
-from tests.cases import data, mlp
+from tests import traced
+from tests.cases import one_group
+from tests.traced import FEATURES, LABELS, batches, one_epoch
 
-FEATURES, LABELS = data().tensors
 AXES = ("query", "example", "step", "parameter")
+recorded = partial(traced.recorded, optimizer=one_group(AdamW, lr=0.05))
 Pair = namedtuple("Pair", "first second")
 
 
@@ -86,19 +84,6 @@ def joint(hidden, logits):
     return torch.cat([hidden, logits], dim=1)
 
 
-def recorded(path, make, loop, *, optimizer=lambda p: AdamW(p, lr=0.05), **options):
-    model = make()
-    made = optimizer(model.parameters())
-    with explaind.trace(model, made, path, **options) as recorder:
-        loop(model, made, recorder)
-    return explaind.open_run(path, model=make(), objective=options.get("objective")), model
-
-
-def batches(recorder, *, size=4):
-    loader = DataLoader(data(), batch_size=size, shuffle=True, generator=torch.Generator().manual_seed(2))
-    return recorder.batches(loader)
-
-
 def loop_over_heads(split):
     def loop(model, optimizer, recorder):
         for x, y in batches(recorder):
@@ -121,9 +106,9 @@ def loop_over_heads(split):
     ids=["dict", "nested tuple", "namedtuple", "dataclass"],
 )
 def test_several_outputs_are_as_one_that_holds_them_all(form, split, part, tmp_path):
-    several, model = recorded(tmp_path / "several.zarr", lambda: Heads(form), loop_over_heads(split))
+    several, model = recorded(tmp_path / "several.zarr", loop_over_heads(split), make=lambda: Heads(form))
     single, twin = recorded(
-        tmp_path / "one.zarr", lambda: Heads(joint), loop_over_heads(lambda out: (out[:, :4], out[:, 4:]))
+        tmp_path / "one.zarr", loop_over_heads(lambda out: (out[:, :4], out[:, 4:])), make=lambda: Heads(joint)
     )
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
     assert several.verify().bit_exact
@@ -147,14 +132,14 @@ def test_an_output_without_rows_is_refused_once_the_loss_depends_on_it(tmp_path)
     with pytest.raises(
         RecordingError, match=r"output 'penalty' of shape \(\), which has no row .* 9 examples.*objective="
     ):
-        recorded(tmp_path / "run.zarr", make, loop)
+        recorded(tmp_path / "run.zarr", loop, make=make)
 
 
 def test_an_output_of_several_must_be_named(tmp_path):
     run, _ = recorded(
         tmp_path / "run.zarr",
-        lambda: Heads(lambda h, z: {"hidden": h, "logits": z}),
         loop_over_heads(lambda out: (out["hidden"], out["logits"])),
+        make=lambda: Heads(lambda h, z: {"hidden": h, "logits": z}),
     )
     for output, message in (
         (explaind.outputs.value(), r"returns several tensors.*: hidden, logits\. Name one.*of\('hidden'\)"),
@@ -181,16 +166,9 @@ def loop_over_parts(model, optimizer, recorder):
         optimizer.step()
 
 
-def loop_over_whole(model, optimizer, recorder):
-    for x, y in batches(recorder):
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-
-
 def test_modules_called_one_by_one_are_as_the_model_made_of_them(tmp_path):
-    apart, _ = recorded(tmp_path / "parts.zarr", parts, loop_over_parts)
-    whole, _ = recorded(tmp_path / "whole.zarr", mlp, loop_over_whole)
+    apart, _ = recorded(tmp_path / "parts.zarr", loop_over_parts, make=parts)
+    whole, _ = recorded(tmp_path / "whole.zarr", one_epoch)
     assert apart.verify().bit_exact
     output = explaind.outputs.logit([0, 1])
     query = explaind.Query(FEATURES[:2], output=output, forward=lambda m, x: m["decoder"](m["encoder"](x)))
@@ -208,7 +186,7 @@ def test_modules_called_one_by_one_need_named_examples(tmp_path):
         optimizer.step()
 
     with pytest.raises(RecordingError, match=r"call of 'decoder' have no content.*recorder\.batches"):
-        recorded(tmp_path / "run.zarr", parts, loop)
+        recorded(tmp_path / "run.zarr", loop, make=parts)
 
 
 # ---------------------------------------------------------------------- arguments that change
@@ -235,7 +213,7 @@ def test_batches_may_differ_in_shape_and_plain_arguments(tmp_path):
             F.cross_entropy(model(x, factor), LABELS[: len(x)]).backward()
             optimizer.step()
 
-    run, _ = recorded(tmp_path / "run.zarr", Last, loop)
+    run, _ = recorded(tmp_path / "run.zarr", loop, make=Last)
     assert run.verify().bit_exact
     assert len(run.examples) == 6 + 5
     with pytest.raises(ValueError, match=r"different plain arguments.*forward=lambda model"):
@@ -244,94 +222,6 @@ def test_batches_may_differ_in_shape_and_plain_arguments(tmp_path):
     result = run.attribute(query, by=AXES)
     result.check()
     assert float(np.abs(result.dataset.other).max()) == 0
-
-
-# ---------------------------------------------------------------------- how the model runs
-
-
-def compiled_in_place():
-    model = mlp()
-    model.compile(backend="eager")
-    return model
-
-
-@pytest.mark.parametrize(
-    "make", [lambda: torch.compile(mlp(), backend="eager"), compiled_in_place], ids=["wrapped", "in place"]
-)
-def test_a_compiled_model_is_as_the_plain_one(make, tmp_path):
-    compiled, model = recorded(tmp_path / "compiled.zarr", make, loop_over_whole)
-    plain, twin = recorded(tmp_path / "plain.zarr", mlp, loop_over_whole)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
-    assert compiled.verify().bit_exact
-    query = explaind.Query(FEATURES[:2], output=explaind.outputs.logit([0, 1]))
-    results = [run.attribute(query, by=AXES) for run in (compiled, plain)]
-    results[0].check()
-    np.testing.assert_allclose(*(result.dataset.contribution for result in results), rtol=1e-12)
-    untraced = make()
-    reopened = explaind.open_run(tmp_path / "compiled.zarr", model=untraced)
-    np.testing.assert_array_equal(reopened.attribute(query, by=AXES).total, results[0].total)
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="the inductor backend needs a C++ compiler")
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # its own import
-def test_a_model_of_the_inductor_backend_differs_by_rounding_only(tmp_path):
-    run, _ = recorded(tmp_path / "run.zarr", lambda: torch.compile(mlp()), loop_over_whole)
-    report = run.verify()
-    assert report.exact_updates == run.num_steps
-    assert report.largest_gradient_difference < 1e-14
-    result = run.attribute(explaind.Query(FEATURES[:2], output=explaind.outputs.logit([0, 1])), by=AXES)
-    assert result.check().other < 1e-12
-
-
-def test_a_model_compiled_in_place_is_left_as_it_was(tmp_path):
-    model = compiled_in_place()
-    before = model._compiled_call_impl
-    optimizer = SGD(model.parameters(), lr=0.1)
-    with explaind.trace(model, optimizer, tmp_path / "run.zarr"):
-        F.cross_entropy(model(FEATURES), LABELS).backward()
-        optimizer.step()
-    assert model._compiled_call_impl is before
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_is_replayed_bit_for_bit(dtype, tmp_path):
-    def loop(model, optimizer, recorder):
-        for x, y in batches(recorder):
-            optimizer.zero_grad()
-            with torch.autocast("cpu", dtype=dtype):
-                loss = F.cross_entropy(model(x.float()), y)
-            loss.backward()
-            optimizer.step()
-
-    run, _ = recorded(tmp_path / "run.zarr", lambda: mlp(dtype=torch.float32), loop)
-    assert run.verify().bit_exact
-    result = run.attribute(explaind.Query(FEATURES[:2].float(), output=explaind.outputs.logit([0, 1])), by=AXES)
-    closure = result.check()
-    assert closure.other == 0
-    assert 1e-7 < closure.rounding < 0.1
-
-
-def test_buffers_are_those_before_the_call_also_when_the_call_changes_them(tmp_path):
-    def make():
-        torch.manual_seed(3)
-        return nn.Sequential(spectral_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 3)).double()
-
-    def loop(model, optimizer, recorder):
-        for _ in range(2):
-            optimizer.zero_grad()
-            for rows in (slice(0, 2), slice(2, 6), slice(6, 9)):
-                F.cross_entropy(model(FEATURES[rows]), LABELS[rows], reduction="sum").backward()
-            optimizer.step()
-
-    for storage in ("replayed", "stored"):
-        run, _ = recorded(tmp_path / f"{storage}.zarr", make, loop, example_grads=storage)
-        assert run.verify().bit_exact
-        result = run.attribute(explaind.Query(FEATURES[:2], output=explaind.outputs.logit([0, 1])), by=AXES)
-        result.check()
-        assert float(np.abs(result.dataset.other).sum() + np.abs(result.dataset.rounding).sum()) < 1e-12
-
-
-# ---------------------------------------------------------------------- what models do to their tensors
 
 
 def test_outputs_changed_in_place_are_followed(tmp_path):
@@ -361,77 +251,9 @@ def test_outputs_changed_in_place_are_followed(tmp_path):
         "pairs": (lambda: Heads(Pair), loop_over_pairs, explaind.outputs.logit([0, 1]).of(1)),
     }
     for name, (make, loop, output) in cases.items():
-        run, _ = recorded(tmp_path / f"{name}.zarr", make, loop)
+        run, _ = recorded(tmp_path / f"{name}.zarr", loop, make=make)
         assert run.verify().exact_gradients == run.num_steps, name
         assert run.attribute(explaind.Query(FEATURES[:2], output=output), by=AXES).check().other == 0
-
-
-def test_parts_without_parameters_are_functions_between_the_others(tmp_path):
-    def make():
-        torch.manual_seed(3)
-        return nn.ModuleList([nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)]).double()
-
-    def loop(model, optimizer, recorder):
-        for x, y in batches(recorder):
-            optimizer.zero_grad()
-            F.cross_entropy(model[2](model[1](model[0](x))), y).backward()
-            optimizer.step()
-
-    run, _ = recorded(tmp_path / "run.zarr", make, loop)
-    output = explaind.outputs.logit([0, 1])
-    query = explaind.Query(FEATURES[:2], output=output, forward=lambda m, x: m[2](m[1](m[0](x))))
-    assert run.attribute(query, by=AXES).check().other == 0
-    assert run.verify().bit_exact
-
-
-def test_a_model_may_convert_its_input_to_the_type_it_is_trained_in(tmp_path):
-    class Bytes(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(3)
-            self.linear = nn.Linear(3, 3)
-
-        def forward(self, x):
-            offset = torch.full((3,), 0.5, dtype=torch.float32)
-            return self.linear(x.float() / 255 - offset).to(torch.float32) * torch.ones(3)
-
-    images = (FEATURES.abs() * 60).to(torch.uint8)
-
-    def loop(model, optimizer, recorder):
-        for _ in range(3):
-            optimizer.zero_grad()
-            F.cross_entropy(model(images), LABELS).backward()
-            optimizer.step()
-
-    run, _ = recorded(tmp_path / "run.zarr", Bytes, loop)
-    query = explaind.Query(images[:2], output=explaind.outputs.logit([0, 1]))
-    for dtype in (torch.float64, torch.float32):
-        assert run.attribute(query, by=AXES, dtype=dtype).check().other == 0
-    assert torch.get_default_dtype() == torch.float32
-
-
-def test_coupling_that_the_first_call_does_not_show_is_seen(tmp_path):
-    class Centred(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(3)
-            self.linear = nn.Linear(3, 3).double()
-
-        def forward(self, x):
-            out = torch.tanh(self.linear(x))
-            return out - 1e-4 * out.mean(dim=0) if self.training else out
-
-    def loop(model, optimizer, recorder):
-        for rows in (slice(0, 1), slice(0, 4), slice(4, 9)):
-            optimizer.zero_grad()
-            F.cross_entropy(model(FEATURES[rows]), LABELS[rows]).backward()
-            optimizer.step()
-
-    run, _ = recorded(tmp_path / "run.zarr", Centred, loop)
-    result = run.attribute(explaind.Query(FEATURES[:2], output=explaind.outputs.logit([0, 1])), by=AXES)
-    assert result.dataset.attrs["example_products"] == "tangents"
-    assert result.dataset.attrs["row_split"].startswith("coupled rows")
-    assert result.check().rounding < 1e-12
 
 
 def test_a_named_tuple_as_argument_is_refused(tmp_path):
@@ -444,71 +266,4 @@ def test_a_named_tuple_as_argument_is_refused(tmp_path):
             return self.linear(pair.first)
 
     with pytest.raises(RecordingError, match="the argument '0' is a Pair"):
-        recorded(tmp_path / "run.zarr", First, lambda model, *_: model(Pair(FEATURES, LABELS)))
-
-
-def test_what_no_example_accounts_for_is_warned_about(tmp_path):
-    def loop(model, optimizer, recorder):
-        for rows in (slice(0, 4), slice(4, 9)):
-            optimizer.zero_grad()
-            F.cross_entropy(model(FEATURES[rows]), LABELS[rows]).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 0.01)
-            F.cross_entropy(model(FEATURES), LABELS).backward()
-            optimizer.step()
-
-    run, _ = recorded(tmp_path / "run.zarr", mlp, loop)
-    result = run.attribute(explaind.Query(FEATURES[:2], output=explaind.outputs.logit([0, 1])), by=AXES)
-    with pytest.warns(explaind.errors.UnattributedWarning, match=r"% of the path is in the term 'other'"):
-        closure = result.check()
-    assert closure.other > 1e-3
-
-
-# ---------------------------------------------------------------------- parameters that a backward pass leaves out
-
-
-def frozen_for_one_loss(model, optimizer, recorder):
-    """As a generator's loss that must not move the critic, which is in the same optimizer."""
-    for x, y in batches(recorder):
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        model[2].requires_grad_(False)
-        model(x).square().mean().backward()
-        model[2].requires_grad_(True)
-        optimizer.step()
-
-
-def into_some_only(model, optimizer, recorder):
-    for x, y in batches(recorder):
-        optimizer.zero_grad()
-        output = model(x)
-        F.cross_entropy(output, y).backward(retain_graph=True)
-        output.square().mean().backward(inputs=[model[0].weight])
-        optimizer.step()
-
-
-@pytest.mark.parametrize("storage", ["replayed", "stored"])
-@pytest.mark.parametrize("loop", [frozen_for_one_loss, into_some_only])
-def test_what_a_backward_pass_leaves_out_is_not_credited(loop, storage, tmp_path):
-    run, _ = recorded(tmp_path / "run.zarr", mlp, loop, example_grads=storage)
-    assert run.verify().exact_updates == run.num_steps
-    query = explaind.Query(FEATURES[:2], output=explaind.outputs.logit([0, 1]))
-    nodes = explaind.quadrature.gauss_legendre(4)
-    expected = explaind.reference.decompose(run, query, num_nodes=4).contribution.sum("token")
-    for axis, other in (("step", "update_step"), ("update_step", "step")):
-        result = run.attribute(query, by=("query", "example", axis, "parameter"), quadrature=nodes)
-        assert float(np.abs(result.dataset.other).sum()) < 1e-12
-        np.testing.assert_allclose(result.dataset.contribution, expected.sum(other), rtol=1e-9, atol=1e-13)
-
-
-def test_a_module_that_is_used_twice_keeps_its_parameters(tmp_path):
-    shared, tied = nn.Linear(3, 3), nn.Linear(3, 3)
-    tied.weight = shared.weight
-    model = nn.Sequential(shared, nn.Tanh(), shared, nn.PReLU(3), tied).double()
-    before = [parameter.detach().clone() for parameter in model.parameters()]
-    moved = {name: parameter.detach() + 1 for name, parameter in model.named_parameters()}
-    output = call_function(lambda module, x: module(x), model, moved, (FEATURES,), {})
-    hidden = F.linear(torch.tanh(F.linear(FEATURES, moved["0.weight"], moved["0.bias"])), *list(moved.values())[:2])
-    expected = F.linear(F.prelu(hidden, moved["3.weight"]), moved["0.weight"], moved["4.bias"])
-    torch.testing.assert_close(output, expected)
-    assert all(isinstance(parameter, nn.Parameter) for parameter in (shared.weight, shared.bias, tied.weight))
-    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), before, strict=True))
+        recorded(tmp_path / "run.zarr", lambda model, *_: model(Pair(FEATURES, LABELS)), make=First)

@@ -1,9 +1,5 @@
 """Parameter groups that are added while a run is recorded."""
 
-import copy
-import json
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -13,86 +9,10 @@ from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import StepLR
 
 import explaind
-import explaind.store
-from explaind import quadrature, reference
-from explaind.errors import RecordingError, StoreExistsError, StoreFormatError
-from tests.cases import NUM_EXAMPLES, chunks_of, data, mlp, query
-
-
-def frozen_backbone():
-    model = mlp()
-    model[0].requires_grad_(False)
-    return model
-
-
-def unfreeze(model, optimizer, **settings):
-    model[0].requires_grad_(True)
-    optimizer.add_param_group({"params": model[0].parameters(), **settings})
-
-
-def nothing(model, optimizer):
-    pass
-
-
-def train(
-    model, optimizer, batches=iter, *, at_epoch=nothing, midway=nothing, before_step=nothing, epochs=2, batch_size=4
-):
-    """A loop as a user writes it; `at_epoch` runs before the second epoch, the others within its second batch."""
-    torch.manual_seed(11)
-    samples = data(next(model.parameters()).dtype)
-    loader = torch.utils.data.DataLoader(samples, batch_size=batch_size, shuffle=True)
-    for epoch in range(epochs):
-        if epoch == 1:
-            at_epoch(model, optimizer)
-        for number, (x, y) in enumerate(batches(loader)):
-            optimizer.zero_grad()
-            if (epoch, number) == (1, 1):
-                midway(model, optimizer)
-            F.cross_entropy(model(x), y).backward()
-            if (epoch, number) == (1, 1):
-                before_step(model, optimizer)
-            optimizer.step()
-
-
-def momentum(model):
-    return SGD(model[2].parameters(), lr=0.2, momentum=0.9)
-
-
-def record(path, *, make_model=frozen_backbone, make=momentum, example_grads="replayed", **loop):
-    """Train with and without tracing; the weights must be the same bits. Returns the run."""
-    alone, traced = make_model(), make_model()
-    train(alone, make(alone), **loop)
-    optimizer = make(traced)
-    with explaind.trace(traced, optimizer, path, example_grads=example_grads) as recorder:
-        train(traced, optimizer, batches=recorder.batches, **loop)
-    for name, parameter in alone.named_parameters():
-        assert torch.equal(parameter, traced.get_parameter(name))
-    run = explaind.open_run(path, model=make_model())
-    for name, tensor in (run.params(run.num_steps) | run.fixed(run.num_steps)).items():
-        assert torch.equal(tensor, traced.state_dict()[name])
-    return run
-
-
-def attribute(run, step_axis="step"):
-    result = run.attribute(
-        query(run.table.dtype), by=("query", "example", step_axis, "parameter"), quadrature=quadrature.gauss_legendre(6)
-    )
-    result.check()
-    return result.dataset
-
-
-def assert_exact(run):
-    assert float(np.abs(attribute(run).other).max()) < 1e-12
-    expected = reference.decompose(run, query())
-    for axis, left_out in (("step", "update_step"), ("update_step", "step")):
-        dataset = attribute(run, axis)
-        for actual, term in (
-            (dataset.contribution, expected.contribution.sum("token")),
-            (dataset.decay, expected.decay),
-        ):
-            summed = term.sum(left_out).transpose(*actual.dims)
-            np.testing.assert_allclose(actual, summed, rtol=1e-7, atol=1e-9 * float(np.abs(summed).max()))
-    assert run.verify().bit_exact
+from explaind.errors import RecordingError
+from tests.cases import data
+from tests.twin import assert_exact, attribute
+from tests.unfreezing import frozen_backbone, momentum, record, refused, train, unfreeze
 
 
 @pytest.mark.parametrize("when", ["at_epoch", "midway", "before_step"])
@@ -336,20 +256,6 @@ def test_a_schedule_made_while_recording(tmp_path):
 # ---------------------------------------------------------------------- what is refused
 
 
-def refused(path, edit, match, **loop):
-    model = frozen_backbone()
-    optimizer = momentum(model)
-    with (
-        pytest.raises(RecordingError, match=match),
-        explaind.trace(model, optimizer, path) as recorder,
-    ):
-        train(model, optimizer, recorder.batches, at_epoch=lambda m, o: edit(o, m), **loop)
-    run = explaind.open_run(path, model=frozen_backbone())
-    assert run.num_steps == 3
-    assert run.complete
-    assert_exact(run)
-
-
 def test_a_parameter_of_another_model_is_refused(tmp_path):
     refused(
         tmp_path / "run",
@@ -387,91 +293,3 @@ def test_a_group_between_the_steps_of_two_optimizers_is_refused(tmp_path):
         optimizers[0].step()
         unfreeze(model, optimizers[1])
         optimizers[1].step()
-
-
-# ---------------------------------------------------------------------- the store while it is widened
-
-
-def failing(error):
-    def copyfile(source, target):
-        raise error
-
-    return copyfile
-
-
-def test_no_room_for_the_wider_store_loses_nothing(tmp_path, monkeypatch):
-    def full(optimizer, model):
-        monkeypatch.setattr(shutil, "copyfile", failing(OSError(28, "No space left on device")))
-        unfreeze(model, optimizer)
-
-    refused(tmp_path / "run", full, "no room left on the disk")
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
-
-
-class Killed(BaseException):
-    pass
-
-
-@pytest.mark.parametrize("renames", [0, 1, 2])
-def test_killed_while_widening_one_of_the_stores_is_whole(tmp_path, monkeypatch, renames):
-    path = tmp_path / "run"
-    copies = []
-    rename = explaind.store.Path.rename
-
-    def watched(self, target):
-        copies.append({p.name: copy.copy(shutil.copytree(p, tmp_path / f"{len(copies)}-{p.name}")) for p in beside()})
-        return rename(self, target)
-
-    def beside():
-        return [p for p in tmp_path.iterdir() if p.name.startswith("run")]
-
-    monkeypatch.setattr(explaind.store.Path, "rename", watched)
-    record(path, at_epoch=unfreeze)
-    monkeypatch.undo()
-    kept = {p.name: p for p in beside()}
-    assert list(kept) == ["run"]
-    if renames == 2:
-        assert explaind.open_run(path, model=frozen_backbone()).num_steps == 6
-        return
-    shutil.rmtree(path)
-    for name in copies[renames]:
-        shutil.move(tmp_path / f"{renames}-{name}", tmp_path / name)
-    if renames == 1:
-        with pytest.raises(StoreFormatError, match=r"the run is at .*run\.old\.partial"):
-            explaind.open_run(path)
-        with pytest.raises(StoreExistsError, match=r"the run is at .*run\.old\.partial"):
-            record(path)
-        wide = explaind.open_run(path.with_name("run.new.partial"), model=frozen_backbone())
-        assert len(wide.table) == 4
-        path.with_name("run.old.partial").rename(path)
-    run = explaind.open_run(path, model=frozen_backbone())
-    assert len(run.table) == 2
-
-
-def test_a_run_that_was_opened_before_says_that_it_was_replaced(tmp_path):
-    model = frozen_backbone()
-    optimizer = momentum(model)
-    early = []
-
-    def look(model, optimizer):
-        recorder._rows._writer.flush()
-        recorder._rows._writer.wait()
-        early.append(explaind.open_run(tmp_path / "run", model=frozen_backbone()))
-        unfreeze(model, optimizer)
-
-    with explaind.trace(model, optimizer, tmp_path / "run") as recorder:
-        train(model, optimizer, recorder.batches, at_epoch=look)
-    assert early[0].num_steps == 2
-    for read in (early[0].params, early[0].update, early[0].fixed, early[0].state, early[0].example_grads):
-        with pytest.raises(StoreFormatError, match="has been replaced since it was opened"):
-            read(0)
-
-
-def test_a_long_store_is_widened_in_blocks(tmp_path, monkeypatch):
-    chunks_of(monkeypatch, 1000)
-    run = record(tmp_path / "run", at_epoch=unfreeze, epochs=12)
-    assert run.num_steps == 36
-    sizes = json.loads((tmp_path / "run" / "params" / "zarr.json").read_text())["chunk_grid"]["configuration"]
-    assert sizes["chunk_shape"][0] == 1000 // (8 * 15)
-    assert len(run.examples) == NUM_EXAMPLES
-    assert run.verify().bit_exact

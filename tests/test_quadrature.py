@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from explaind import quadrature
+from explaind.path import integral as path_integral
 from tests.cases import CASES, Case, one_group, query, record
 
 ADAMW = next(case for case in CASES if case.name == "adamw-full-batch-shuffled")
@@ -48,7 +49,7 @@ class Slopes:
 def integrate(function, rule, step=1.0, tolerance=1e-10):
     start, update = torch.tensor([0.2], dtype=torch.float64), torch.tensor([step], dtype=torch.float64)
     ends = function.values(start, update, 0.0, None), function.values(start, update, 1.0, None)
-    return quadrature.integrate(
+    return path_integral.integrate(
         function, start, update, change=ends, tolerance=torch.tensor([tolerance]), quadrature=rule
     )
 
@@ -89,6 +90,29 @@ def test_adaptive_bisects_towards_a_kink_only():
 def test_adaptive_stops_at_its_depth_and_says_what_is_left():
     result = integrate(kinked(), quadrature.adaptive(2, max_depth=3), tolerance=1e-12)
     assert abs(float(result.residual)) > 1e-4
+
+
+def test_whole_and_parts_are_extrapolated_where_that_is_enough():
+    # One node on x³ over [a, a + 1] errs by 1/4 of the third derivative's term, and two halves by a quarter of that.
+    function = Scalar(lambda x: x**3, lambda x: 3 * x**2)
+    result = integrate(function, quadrature.adaptive(1), tolerance=1e-12)
+    assert int(result.num_nodes) == function.evaluations == 1 + 8
+    assert abs(float(result.residual)) < 1e-13
+
+
+def test_queries_are_divided_as_each_needs(tmp_path):
+    run, _ = record(VIOLENT, tmp_path / "run.zarr", activation=nn.ReLU)
+    options = {"by": ("query", "step"), "tolerance": 1e-4}
+    together = run.attribute(query(num=6), **options).dataset
+    assert len(np.unique(together.num_nodes)) > 2
+    assert float(np.abs(together.quadrature).sum("update_step").max() / together.path_length.min()) <= 1e-4
+
+
+def test_noise_of_single_precision_is_computed_again_in_double(tmp_path):
+    run, _ = record(ADAMW, tmp_path / "run.zarr", dtype=torch.float32)
+    loose, strict = (run.attribute(query(torch.float32), by=("query", "example"), tolerance=t) for t in (1e-3, 1e-9))
+    assert strict.check().quadrature <= 1e-9 < loose.closure.quadrature
+    assert strict.dataset.attrs["dtype"] == "float32"
 
 
 def test_easy_queries_get_no_extra_nodes():

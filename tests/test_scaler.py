@@ -10,8 +10,8 @@ from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW
 
 import explaind
-from explaind import quadrature, reference
-from tests.cases import data, mlp, query
+from tests.cases import data, mlp
+from tests.twin import assert_exact, attribute
 
 START = 1024.0
 
@@ -53,24 +53,6 @@ def record(path, make, *, dtype=torch.float64, example_grads="replayed", **loop)
             np.testing.assert_array_equal(value, states[1][key])
     assert scalers[0].state_dict() == scalers[1].state_dict()
     return explaind.open_run(path, model=mlp(dtype=dtype))
-
-
-def attribute(run, step_axis="step"):
-    result = run.attribute(
-        query(run.table.dtype), by=("query", "example", step_axis, "parameter"), quadrature=quadrature.gauss_legendre(6)
-    )
-    result.check()
-    return result.dataset
-
-
-def assert_exact(run):
-    assert float(np.abs(attribute(run).other).max()) < 1e-12
-    expected = reference.decompose(run, query())
-    for axis, left_out in (("step", "update_step"), ("update_step", "step")):
-        actual = attribute(run, axis).contribution
-        summed = expected.contribution.sum([left_out, "token"]).transpose(*actual.dims)
-        np.testing.assert_allclose(actual, summed, rtol=1e-7, atol=1e-9 * float(np.abs(summed).max()))
-    assert run.verify().bit_exact
 
 
 def by_norm(parameters):

@@ -1,5 +1,8 @@
 """The gradients of single rows, taken apart in one backward pass of the batch."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -121,3 +124,32 @@ def test_rows_gradients_and_their_products_are_those_of_each_row_alone(name):
             sums = torch.zeros(2, expected[0].numel(), dtype=torch.float64)
             add_combined(sums, [(part, mixed.double()) for part in parts])
             torch.testing.assert_close(sums, mixed.double() @ expected.reshape(ROWS, -1), rtol=0, atol=1e-12)
+
+
+class Box:
+    """What a graph saves, in a form that can be watched."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+def test_the_graph_is_freed_without_the_collector():
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), torch.randn(ROWS, 4)
+    saved = weakref.WeakSet()
+
+    def pack(tensor):
+        saved.add(box := Box(tensor))
+        return box
+
+    gc.disable()
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
+            output = model(x)
+        uses = Uses([output], dict(model.named_parameters()))
+        kept = len(saved)
+        uses.backward([torch.ones_like(output)])
+        assert uses.split("0.weight", ROWS, "first") is not None
+        del output
+        assert kept and not saved
+    finally:
+        gc.enable()

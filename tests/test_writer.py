@@ -1,5 +1,6 @@
 """Writing in the background: what goes wrong there reaches the loop, and what goes well loses nothing."""
 
+import json
 import os
 import subprocess
 import sys
@@ -214,13 +215,15 @@ def test_only_what_all_arrays_of_a_dimension_have_is_published(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "int64", "bool", "uint8"])
 @pytest.mark.parametrize("shape", [(), (5,), (3, 2)])
-def test_chunks_are_those_that_zarr_writes(dtype, shape, tmp_path):
+@pytest.mark.parametrize("gathered_bytes", [0, 1 << 20])
+def test_chunks_are_those_that_zarr_writes(gathered_bytes, dtype, shape, tmp_path, monkeypatch):
+    monkeypatch.setattr(chunks, "_LEAST_BYTES", gathered_bytes)
     rows = np.random.default_rng(0).integers(0, 2, (7, *shape)).astype(dtype)
     dims = tuple("abc"[: rows.ndim])
     zarr.create_group(tmp_path)
     array = GrowingArray(tmp_path, "own", dims, rows, 3)
-    for start, stop in ((0, 2), (2, 2), (2, 7)):
-        array.append(rows[start:stop])
+    for parts in ([rows[:2]], [rows[2:2]], [rows[2:3], rows[3:7]]):
+        array.append(*parts)
     array.trim()
     own = zarr.open_array(tmp_path, path="own", mode="r")
     other = zarr.create_array(
@@ -235,6 +238,8 @@ def test_chunks_are_those_that_zarr_writes(dtype, shape, tmp_path):
         config={"write_empty_chunks": True},
     )
     other[:] = rows
+    metadata = [json.loads((tmp_path / name / "zarr.json").read_text()) for name in ("own", "other")]
+    assert metadata[0] == metadata[1] | {"dimension_names": list(dims)}
     written = {name: sorted((tmp_path / name / "c").rglob("*")) for name in ("own", "other")}
     for one, two in zip(*written.values(), strict=True):
         assert one.relative_to(tmp_path / "own") == two.relative_to(tmp_path / "other")

@@ -40,7 +40,6 @@ def by_class(run: explaind.Run, recipe: Recipe, *, progress: bool = True) -> exp
         by=("query", "group", "step", "layer"),
         groups=dict(enumerate(split.train_labels.tolist())),
         tolerance=TOLERANCE,
-        quadrature=explaind.quadrature.adaptive(2),
         progress=progress,
     )
 
@@ -66,6 +65,5 @@ def by_example(run: explaind.Run, recipe: Recipe, *, progress: bool = True) -> e
         query,
         by=("query", "example", "step"),
         tolerance=TOLERANCE,
-        quadrature=explaind.quadrature.adaptive(2),
         progress=progress,
     )

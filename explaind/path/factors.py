@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-__all__ = ["Convolved", "Factors", "Gathered", "Outer", "Summed", "add_combined"]
+__all__ = ["Convolved", "Factors", "Gathered", "Outer", "Summed", "add_combined", "strategy"]
 
 _BLOCK_BYTES = 8 << 20
 """Of the gradients that are formed at once; they should stay in the cache until they are multiplied."""
@@ -306,6 +306,20 @@ class Convolved(_Rows):
     def _kernel(self) -> tuple[int, int]:
         height, width = (1, *self.shape[2:])[-2:]
         return height, width
+
+
+def strategy(factors: Factors, num_vectors: int) -> str:
+    """Which of the two ways `products` goes; gradients that have no factors are multiplied as they are.
+
+    Args:
+        factors: the gradients.
+        num_vectors: the number of vectors.
+    """
+    if isinstance(factors, Outer):
+        return "block" if _block_pays(num_vectors, factors.left.shape[1]) else "factors"
+    if isinstance(factors, Convolved):
+        return "block" if _block_pays(num_vectors, factors.deltas[0, :, 0].numel()) else "factors"
+    return "factors"
 
 
 def _times(weights: Tensor, rows: Tensor) -> Tensor:

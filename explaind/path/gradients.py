@@ -16,7 +16,7 @@ from explaind.calls import fingerprint_output, named_tensors
 from explaind.errors import ModelMismatchError
 from explaind.parameters import named_dtype
 from explaind.path.uses import Uses
-from explaind.record import RecordedCall
+from explaind.recorded_calls import RecordedCall
 from explaind.replay.call import Replay
 from explaind.replay.model import Forward, cast, dense, modes, restored_rng
 from explaind.rescaling import Rescaling

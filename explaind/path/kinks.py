@@ -19,12 +19,18 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from explaind.path.integral import PARTS
 from explaind.path.slopes import KINKED, Kinked
 
-__all__ = ["averaged", "watched"]
+__all__ = ["Kinks", "KnownKinks", "averaged", "watched"]
+
+Kinks = Mapping[str, Tensor]
+"""What `watched` collects."""
 
 _NAMES = {"axis": "dim", "keepdims": "keepdim"}
 """NumPy's names of arguments, which torch knows too."""
+_KNOWN_POINTS = max(PARTS) + 1
+"""A sub-interval's ends, and the cuts between its parts."""
 
 
 class _Intercept(TorchFunctionMode):
@@ -106,6 +112,38 @@ def averaged(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Itera
         yield
     if place < len(before):
         raise _differing(", ".join(before), f"only the first {place}")
+
+
+class KnownKinks:
+    """Arguments of kinked functions at points of the segment that is being integrated.
+
+    At the end that it shares with the segment before they are known from that one.
+    """
+
+    def __init__(self) -> None:
+        self._start = self._update = torch.empty(0)
+        self._known = list[tuple[float, Tensor, Kinks]]()
+
+    def get(self, start: Tensor, update: Tensor, position: float, rows: Tensor) -> Kinks | None:
+        """What is known of some inputs at a point."""
+        self._enter(start, update)
+        for known, those, kinks in self._known:
+            if known == position and torch.equal(those, rows):
+                return kinks
+        return None
+
+    def put(self, start: Tensor, update: Tensor, position: float, rows: Tensor, kinks: Kinks) -> None:
+        """Remember some inputs at a point."""
+        self._enter(start, update)
+        self._known = [*self._known[1 - _KNOWN_POINTS :], (position, rows, kinks)]
+
+    def _enter(self, start: Tensor, update: Tensor) -> None:
+        if start is self._start and update is self._update:
+            return
+        # The sweep goes from the last segment to the first.
+        shared = len(start) == len(self._start) and torch.equal(start + update, self._start)
+        self._known = [(1.0, rows, kinks) for position, rows, kinks in self._known if shared and position == 0]
+        self._start, self._update = start, update
 
 
 def _differing(expected: str, found: str) -> ValueError:

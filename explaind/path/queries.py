@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import grad, vmap
 
-from explaind.calls import rebuild, tensor_names
+from explaind.calls import rebuild
 from explaind.errors import ExplaindError
 from explaind.outputs import Output
 from explaind.path.factors import Summed
 from explaind.path.gradients import combined_rows
-from explaind.path.kinks import averaged, watched
+from explaind.path.integral import Part
+from explaind.path.kinks import Kinks, KnownKinks, averaged, watched
 from explaind.path.query_averages import QueryAverages, add_parts
+from explaind.path.query_calls import query_call
 from explaind.path.uses import Order, Uses
-from explaind.quadrature import PARTS, FixedRule, Part
+from explaind.quadrature import FixedRule
 from explaind.query import Query
 from explaind.replay.model import call_function, cast, modes, vectorizable
 from explaind.run import Run
@@ -27,8 +29,6 @@ from explaind.run import Run
 __all__ = ["QueryFunction"]
 
 _NUM_PROBES = 4
-_KNOWN_POINTS = max(PARTS) + 1
-"""A sub-interval's ends, and the cuts between its parts."""
 
 
 class QueryFunction:
@@ -89,7 +89,7 @@ class QueryFunction:
             raise ValueError(f"{len(self.names)} query names were given for {len(self._weights)} queries.")
         self.kinked = bool(kinked)
         """Whether the model computes functions whose slopes jump."""
-        self._kinks = _KnownKinks()
+        self._kinks = KnownKinks()
         self._orders = self._find_orders(trained, scalars) if self.separate else {}
 
     @property
@@ -97,13 +97,24 @@ class QueryFunction:
         """Number of queries."""
         return len(self._weights)
 
+    def part(self, queries: slice) -> QueryFunction:
+        """Some of the queries, with the inputs that they need."""
+        part = copy.copy(self)
+        rows, part._weights = self._members(torch.arange(self.num_queries, device=self._device)[queries])
+        part._inputs = {dtype: {n: t[rows] for n, t in inputs.items()} for dtype, inputs in self._inputs.items()}
+        part._every = torch.arange(len(rows), device=self._device)
+        if isinstance(self._output, Output):
+            part._targets = self._targets[rows]
+        part.names, part._kinks = self.names[queries], KnownKinks()
+        return part
+
     def at(self, params: Tensor) -> Tensor:
         """q(θ) of all queries, float64 `[query]`."""
         with torch.no_grad():
             return self._weights @ self._scalars(params, self._every)
 
     def values(self, start: Tensor, update: Tensor, position: float, which: Tensor) -> Tensor:
-        """See `explaind.quadrature.PathFunction.values`."""
+        """See `explaind.path.integral.PathFunction.values`."""
         rows, weights = self._members(which)
         with torch.no_grad(), watched() as seen:
             scalars = self._scalars(start + position * update, rows)
@@ -121,7 +132,7 @@ class QueryFunction:
         kinks: bool,
         exact: bool,
     ) -> QueryAverages:
-        """See `explaind.quadrature.PathFunction.averages`."""
+        """See `explaind.path.integral.PathFunction.averages`."""
         dtype = torch.float64 if exact else self._dtype
         rows, weights = self._members(which)
         result = QueryAverages(self._run.table, len(which))
@@ -135,7 +146,7 @@ class QueryFunction:
         return result
 
     def gathered(self, parts: Sequence[Part], total: Tensor | None) -> Tensor:
-        """See `explaind.quadrature.PathFunction.gathered`."""
+        """See `explaind.path.integral.PathFunction.gathered`."""
         if total is None:
             total = torch.zeros(self.num_queries, self._run.table.num_elements, dtype=self._dtype, device=self._device)
         add_parts(self._run.table, total, parts)
@@ -277,73 +288,3 @@ class QueryFunction:
         fixed = self._fixed[next(iter(tensors.values())).dtype]
         args, kwargs = rebuild(self._template, inputs)
         return call_function(self._function, self._run.model, {**fixed, **tensors}, args, kwargs)
-
-
-Kinks = Mapping[str, Tensor]
-"""What `watched` collects."""
-
-
-class _KnownKinks:
-    """Arguments of kinked functions at points of the segment that is being integrated.
-
-    At the end that it shares with the segment before they are known from that one.
-    """
-
-    def __init__(self) -> None:
-        self._start = self._update = torch.empty(0)
-        self._known = list[tuple[float, Tensor, Kinks]]()
-
-    def get(self, start: Tensor, update: Tensor, position: float, rows: Tensor) -> Kinks | None:
-        """What is known of some inputs at a point."""
-        self._enter(start, update)
-        for known, those, kinks in self._known:
-            if known == position and torch.equal(those, rows):
-                return kinks
-        return None
-
-    def put(self, start: Tensor, update: Tensor, position: float, rows: Tensor, kinks: Kinks) -> None:
-        """Remember some inputs at a point."""
-        self._enter(start, update)
-        self._known = [*self._known[1 - _KNOWN_POINTS :], (position, rows, kinks)]
-
-    def _enter(self, start: Tensor, update: Tensor) -> None:
-        if start is self._start and update is self._update:
-            return
-        # The sweep goes from the last segment to the first.
-        shared = len(start) == len(self._start) and torch.equal(start + update, self._start)
-        self._known = [(1.0, rows, kinks) for position, rows, kinks in self._known if shared and position == 0]
-        self._start, self._update = start, update
-
-
-def query_call(run: Run, query: Query) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """The function of the model that a query evaluates, and its arguments' template.
-
-    Raises:
-        ValueError: the model was not called with these inputs in the loop, or in several ways.
-    """
-    given, template = query.call
-    if query.forward is not None:
-        return query.forward, template
-    if isinstance(run.model, (nn.ModuleList, nn.ModuleDict)):
-        raise ValueError(
-            "the run's model is a container of modules that the loop called one by one, so say how a prediction is "
-            'made: Query(…, forward=lambda parts, x: parts["decoder"](parts["encoder"](x))).'
-        )
-    recorded = {json.dumps(kind.template): kind.template for kind in run.kinds_of("")}.values()
-    fitting = [known for known in recorded if set(tensor_names(known)) == set(given)]
-    if recorded and not fitting:
-        names = " or ".join(", ".join(tensor_names(known)) for known in recorded)
-        raise ValueError(
-            f"the model was called with the inputs {names}, the query has {', '.join(given)} (numbers are positions). "
-            "Give tensors for the same ones (plain arguments are taken from the recording), or forward=."
-        )
-    if len(fitting) > 1:
-        raise ValueError(
-            "the model was called with these inputs and different plain arguments, so say which are meant: "
-            "Query(…, forward=lambda model, x: model(x, …))."
-        )
-    return _call_model, fitting[0] if fitting else template
-
-
-def _call_model(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return model(*args, **kwargs)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from explaind.parameters import ParameterTable
 from explaind.path.factors import Factors, add_combined
-from explaind.quadrature import Part
+from explaind.path.integral import Part
 
 __all__ = ["QueryAverages", "add_parts"]
 
@@ -31,11 +31,11 @@ class QueryAverages:
         self._terms[name].append((factors, weights))
 
     def products(self, update: Tensor) -> Tensor:
-        """See `explaind.quadrature.Averages.products`."""
+        """See `explaind.path.integral.Averages.products`."""
         return self._by_parameter(update, absolute=False)
 
     def rounding(self, update: Tensor) -> Tensor:
-        """See `explaind.quadrature.Averages.rounding`."""
+        """See `explaind.path.integral.Averages.rounding`."""
         dtype = next(weights.dtype for terms in self._terms.values() for _, weights in terms)
         return torch.finfo(dtype).eps * self._by_parameter(update.abs(), absolute=True).sum(dim=1)
 

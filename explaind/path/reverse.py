@@ -20,7 +20,7 @@ from torch import Tensor
 
 from explaind.errors import VerificationError
 from explaind.path.products import ExampleProducts
-from explaind.path.slices import dot, layer_of
+from explaind.path.slices import dot, layer_of, product
 from explaind.path.sources import Sources
 from explaind.path.step import Step, StepTerms
 from explaind.run import Run
@@ -37,6 +37,8 @@ _VANISHED_UNITS = 1 << 14
 """Rounding of a gradient that is zero in exact numbers, in units of the largest: layers that normalise magnify it."""
 _ARITHMETIC_UNITS = 64
 """Rounding of the sweep's own sums, in units of the product of the norms."""
+_PART_ROWS = 256
+"""Whose products are added up at once."""
 _DECAY, _OTHER, _ROUNDING, _EXAMPLES = range(4)
 
 
@@ -143,10 +145,11 @@ class ReverseSweep:
         """⟨φ_s, Δ_s⟩ + ⟨C_s, m_{s−1}⟩ − ⟨C_{s+1}, m_s⟩ once C_s is known, float64 `[query, column]`."""
         shape = len(phi), len(self._slices) + 1
         moved, held = (torch.zeros(shape, dtype=torch.float64, device=phi.device) for _ in range(2))
+        buffer_before = step.buffer_before
         for parameter, column in self._columns:
             part = parameter.slice
-            moved[:, column] += phi[:, part].to(torch.float64) @ step.update[part]
-            held[:, column] += self._carried[:, part].to(torch.float64) @ step.buffer_before[part]
+            moved[:, column] += product(phi[:, part], step.update[part])
+            held[:, column] += product(self._carried[:, part], buffer_before[part])
         total = moved + held
         if self._held is not None:
             total -= self._held
@@ -183,8 +186,11 @@ class ReverseSweep:
         total = torch.zeros(shape, dtype=torch.float64, device=weights.device)
         spread = torch.zeros(shape[0], shape[3], dtype=torch.float64, device=weights.device)
         for source, products in self._row_products(step, weights):
-            total.index_add_(1, source.to(weights.device), products, alpha=-1)
-            spread += products.abs().sum(dim=(1, 2))
+            # Not all of them are in float64 at once.
+            for places, part in zip(source.split(_PART_ROWS), products.split(_PART_ROWS, dim=1), strict=True):
+                exact = part.to(torch.float64)
+                total.index_add_(1, places.to(weights.device), exact, alpha=-1)
+                spread += exact.abs_().sum(dim=(1, 2))
         return total, spread
 
     def _row_products(self, step: Step, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -192,8 +198,7 @@ class ReverseSweep:
         for number, call in enumerate(self._run.calls(step.index)):
             rows, source = self._sources.locate(call.examples)
             if len(rows):
-                products = self._products.products(step, number, rows, weights, self._slices)
-                yield source, products.to(torch.float64)
+                yield source, self._products.products(step, number, rows, weights, self._slices)
 
 
 class _Targets:

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from explaind.parameters import Parameter
 
-__all__ = ["Slices", "complement", "dot", "layer_of", "layer_products"]
+__all__ = ["Slices", "complement", "dot", "layer_of", "layer_products", "product"]
+
+_CONVERTED_ELEMENTS = 1 << 18
 
 Slices = Sequence[Sequence[slice]]
 """For each layer the parts of the flat vector that belong to it."""
@@ -27,8 +29,18 @@ def dot(vectors: Tensor, flat: Tensor, slices: Slices) -> Tensor:
     result = flat.new_zeros(len(vectors), len(slices))
     for layer, parts in enumerate(slices):
         for part in parts:
-            result[:, layer] += vectors[:, part].to(flat.dtype) @ flat[part]
+            result[:, layer] += product(vectors[:, part], flat[part])
     return result
+
+
+def product(vectors: Tensor, flat: Tensor) -> Tensor:
+    """⟨v_q, w⟩ of `vectors [query, element]` and `w [element]` in the type of w, `[query]`."""
+    if vectors.dtype == flat.dtype:
+        return vectors @ flat
+    # In parts that stay in the cache, so that not all vectors are converted at once.
+    size = max(1, _CONVERTED_ELEMENTS // max(1, len(vectors)))
+    parts = zip(vectors.split(size, dim=1), flat.split(size), strict=True)
+    return torch.stack([part.to(flat.dtype) @ own for part, own in parts]).sum(dim=0)
 
 
 def layer_of(parameter: Parameter, slices: Slices) -> int | None:

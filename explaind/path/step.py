@@ -112,6 +112,12 @@ class Step:
         self.update = self.next_params - self.params
         """Δ_s"""
 
+    def read(self) -> None:
+        """Read from the store now what else would be read when it is first used."""
+        self.gradient  # noqa: B018
+        self._states  # noqa: B018
+        self._run.calls(self.index)
+
     @property
     def recorded_dtype(self) -> torch.dtype:
         """Type that parameters and gradients are recorded in."""

@@ -53,7 +53,9 @@ def examples_are_all(run: Run, device: torch.device) -> bool:
 
     If it is, a decomposition without them need not replay the other steps, and takes G_s for Σ_k g_{k,s}.
     """
-    return not any(bool(Step(run, step, device).foreign_gradient[0].any()) for step in sampled_steps(run))
+    return all(run.rules) and not any(
+        bool(Step(run, step, device).foreign_gradient[0].any()) for step in sampled_steps(run)
+    )
 
 
 def row_split(run: Run, products: ExampleProducts) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -14,19 +14,35 @@ from explaind.path.averaged import ExplainedPath
 from explaind.path.factored import FactorProducts
 from explaind.path.forward import ForwardSweep
 from explaind.path.gradients import batch_gradient
-from explaind.path.products import ExampleGradients, ExampleProducts, TangentProducts
+from explaind.path.integral import StepIntegral, integrate
+from explaind.path.products import ExampleGradients, ExampleProducts
 from explaind.path.queries import QueryFunction
+from explaind.path.reading import read_ahead
 from explaind.path.reverse import ReverseSweep
 from explaind.path.slices import dot, layer_of
 from explaind.path.sources import Sources
 from explaind.path.step import Step, StepTerms
-from explaind.path.strategy import choose_gradients, choose_products, examples_are_all
-from explaind.quadrature import Quadrature, StepIntegral, integrate
+from explaind.quadrature import Quadrature
 from explaind.run import Run
 
-__all__ = ["Sweep"]
+__all__ = ["Sweep", "step_tolerances"]
 
 _Entry = TypeVar("_Entry")
+
+
+def step_tolerances(changes: Tensor, size: Tensor, tolerance: float) -> Tensor:
+    """Largest quadrature error of each step, `[query, step]`.
+
+    A step may have as large a part of the error as of the path, one of little change as much as an average one.
+
+    Args:
+        changes: |q(θ_{s+1}) − q(θ_s)|, `[query, step]`.
+        size: largest |q|, which is not known better than its rounding, `[query, 1]`.
+        tolerance: part of the path's length.
+    """
+    parts = torch.maximum(changes, changes.mean(dim=1, keepdim=True))
+    parts *= (changes.sum(dim=1) / parts.sum(dim=1).clamp_min(torch.finfo(parts.dtype).tiny))[:, None]
+    return torch.maximum(tolerance * parts, 64 * torch.finfo(size.dtype).eps * size)
 
 
 class Sweep:
@@ -38,13 +54,14 @@ class Sweep:
         function: QueryFunction,
         *,
         path: ExplainedPath,
+        products: ExampleProducts | None,
+        replayed: bool,
         sources: Sources,
         num_tokens: int | None,
         slices: list[list[slice]],
         wanted: list[int],
         rule: Quadrature,
         tolerance: float,
-        by_update_step: bool,
         progress: bool,
         dtype: torch.dtype,
         device: torch.device,
@@ -52,26 +69,14 @@ class Sweep:
         self._run, self._function, self._path, self._sources, self._slices = run, function, path, sources, slices
         self._wanted, self._rule, self._num_tokens = set(wanted), rule, num_tokens
         self._progress, self._dtype, self._device = progress, dtype, device
-        self.products: ExampleProducts | None = None
-        self._gradients: ExampleGradients | None = None
-        if num_tokens is not None:
-            self.products = TangentProducts(run, num_tokens=num_tokens, dtype=dtype, device=device)
-        elif sources.needs_rows and by_update_step:
-            self.products = self._gradients = choose_gradients(run, dtype=dtype, device=device)
-        elif sources.needs_rows:
-            self.products = choose_products(run, dtype=dtype, device=device)
-        self._replayed = self.products is not None or not (all(run.rules) and examples_are_all(run, device))
+        self._products, self._replayed = products, replayed
         points = self._bar(path.points(), "query values", run.num_steps + 1)
         self.values = torch.stack([function.at(point) for point in points], dim=1)
         """q along the path, float64 `[query, snapshot]`."""
         changes = self.values.diff(dim=1).abs()
         self.path_length = changes.sum(dim=1)
         """Summed absolute changes of q along the path, `[query]`."""
-        # A step may have as large a part of the error as of the path, one of little change as much as an average one.
-        parts = torch.maximum(changes, changes.mean(dim=1, keepdim=True))
-        parts *= (self.path_length / parts.sum(dim=1).clamp_min(torch.finfo(parts.dtype).tiny))[:, None]
-        floor = 64 * torch.finfo(torch.float64).eps * self.values.abs().amax(dim=1, keepdim=True)
-        self._tolerance = torch.maximum(tolerance * parts, floor)
+        self._tolerance = step_tolerances(changes, self.values.abs().amax(dim=1, keepdim=True), tolerance)
         self._columns = [layer_of(parameter, slices) for parameter in run.table]
         self._rounded: dict[int, Tensor] = {}
         """What the average gradients of wanted steps lost when they were rounded to their type, `[query, layer]`."""
@@ -88,32 +93,35 @@ class Sweep:
         first = min(self._wanted)
         sweep = ReverseSweep(
             self._run,
-            products=self.products,
+            products=self._products,
             sources=self._sources,
             num_tokens=self._num_tokens or 1,
             slices=self._slices,
             first=first,
         )
         for step, adjoint in self._backward(range(first, self._run.num_steps)):
-            if step.index in self._wanted:
-                terms = sweep.terms(step, adjoint)
-                self.omitted += terms.omitted
-                yield step.index, self._with_rounding(step.index, terms)
-            else:
+            index = step.index
+            if index not in self._wanted:
                 self.omitted += sweep.skip(step, adjoint)
+                continue
+            terms = sweep.terms(step, adjoint)
+            self.omitted += terms.omitted
+            del step, adjoint  # they are large, and the next ones are made before they are replaced here
+            yield index, self._with_rounding(index, terms)
 
     def by_update_step(self) -> Iterator[tuple[int, StepTerms]]:
         """Terms of the wanted steps, credited when the optimizer applied them; first to last."""
         if not all(self._run.rules):
             yield from self._undivided()
             return
+        gradients = cast("ExampleGradients | None", self._products)
         sweep = ForwardSweep(
-            self._run, products=self._gradients, sources=self._sources, slices=self._slices, device=self._device
+            self._run, products=gradients, sources=self._sources, slices=self._slices, device=self._device
         )
         # The adjoints of averages are known from the last to the first.
         held = {step.index: adjoint for step, adjoint in self._wanted_backward()} if self._path.averaged else {}
-        for index in self._bar(range(self._run.num_steps), "steps"):
-            step = self._step(index)
+        for step in read_ahead(self._bar(range(self._run.num_steps), "steps"), self._step):
+            index = step.index
             if index in self._wanted:
                 terms = sweep.terms(step, held.pop(index) if self._path.averaged else self._adjoint(step))
                 self.omitted += terms.omitted
@@ -150,20 +158,19 @@ class Sweep:
 
     def _backward(self, needed: Collection[int]) -> Iterator[tuple[Step, Tensor]]:
         """The needed steps from the last to the first, with λ_s."""
-        first = min(needed)
-        for index in self._bar(range(self._run.num_steps - 1, -1, -1), "steps"):
-            if index not in needed:
-                # The path integral over a whole segment is just the difference of two predictions.
-                self.omitted += self.values[:, index + 1] - self.values[:, index]
-                continue
-            step = self._step(index)
+        first, last = min(needed), self._run.num_steps - 1
+        for index in set(range(last + 1)).difference(needed):
+            # The path integral over a whole segment is just the difference of two predictions.
+            self.omitted += self.values[:, index + 1] - self.values[:, index]
+        for step in read_ahead(self._bar(sorted(needed, reverse=True), "steps"), self._step):
             adjoint = self._adjoint(step)
-            if index == first:
+            if step.index == first:
                 self.omitted += dot(adjoint, self._path.lead(step), [[slice(None)]])[:, 0]
             yield step, adjoint
+            del step, adjoint
 
     def _step(self, index: int) -> Step:
-        rows_dtype = self._dtype if isinstance(self.products, FactorProducts) else None
+        rows_dtype = self._dtype if isinstance(self._products, FactorProducts) else None
         return Step(self._run, index, self._device, rows_dtype=rows_dtype, replayed=self._replayed)
 
     def _adjoint(self, step: Step) -> Tensor:

@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 
 from explaind.calls import CallKind
 from explaind.errors import RecordingError
-from explaind.recording.capture import ForwardCall, to_numpy
 from explaind.recording.examples import InputTable
+from explaind.recording.forwards import ForwardCall
+from explaind.recording.host import to_numpy
 from explaind.recording.naming import ExampleNames
+from explaind.recording.repeated import Repeated, among
 from explaind.recording.writer import Later, Rows
 
 __all__ = ["CallRows", "input_array", "output_grad_array"]
@@ -44,6 +46,7 @@ class CallRows:
         self._layouts: list[dict[str, str]] = []
         self._kinds: dict[Any, int] = {}
         self._last: tuple[CallKind, int, list[Any], int] | None = None
+        self._reached = Repeated(among)
         self._descriptions: list[dict[str, Any]] = []
 
     def hold(self, call: ForwardCall, step: int, parameters: Sequence[str]) -> None:
@@ -89,8 +92,7 @@ class CallRows:
         self._hold_one("call_step", np.int64(step), ("call",))
         self._hold_one("call_rows", np.int64(call.num_rows), ("call",))
         self._hold_one("call_kind", np.int64(kind), ("call",))
-        reached = [call.reached is None or name in call.reached for name in parameters]
-        self._hold_one("call_reached", np.array(reached), ("call", "parameter"))
+        self._hold_one("call_reached", self._reached((parameters, call.reached)), ("call", "parameter"))
         self._hold_one("call_fixed", np.int64(call.fixed_version), ("call",))
         self._hold_one("output_fingerprint", call.output_fingerprint.cpu().numpy(), ("call", "statistic"))
         self._hold_one("training", call.training, ("call", "module"))

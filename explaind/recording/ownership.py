@@ -86,6 +86,18 @@ class GroupMembers:
         """Whether they are not what they were."""
         return self._ids != self._present()
 
+    def check(self, step: int) -> None:
+        """Refuse changes while a step is in progress.
+
+        Raises:
+            RecordingError: there is one.
+        """
+        if self.have_changed():
+            raise RecordingError(
+                f"a parameter group was added between the steps of two optimizers in step {step}. Add it after both "
+                "or before both."
+            )
+
     def places(self) -> list[int]:
         """Number of each earlier group among the present ones, whose new members become known.
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from explaind.errors import RecordingError
 from explaind.parameters import ParameterTable
-from explaind.recording.capture import ForwardCall, to_numpy
+from explaind.recording.forwards import ForwardCall
+from explaind.recording.host import to_numpy
 from explaind.replay.call import SAME_GRADIENT, Replay
 from explaind.replay.model import Forward, cast
 from explaind.rescaling import Rescaling

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from explaind.parameters import Parameter, ParameterTable, named_dtype
-from explaind.recording.capture import to_numpy
+from explaind.recording.host import to_numpy
+from explaind.recording.memory import CopyMemory
 from explaind.recording.optimizers import Optimizers
 from explaind.recording.writer import Rows
 from explaind.store import StoreReader
@@ -78,6 +79,7 @@ class StateHistory:
         self._left_out: set[str] = set()
         self._values: list[Any] = []
         self._found = _Found()
+        self._memory = CopyMemory()
         self._num_snapshots = 0
 
     def rows(self) -> list[Rows]:
@@ -104,11 +106,12 @@ class StateHistory:
                     rows.append((name, self._arrays[name].rows(self._num_snapshots), self._arrays[name].dims))
 
         for key, tensors in found.elements.items():
-            put(f"state/{key}", self._table.flatten(tensors).numpy(), "element")
+            row = self._memory.empty((self._table.num_elements,), self._table.dtype)
+            put(f"state/{key}", self._table.flatten(tensors, out=row).numpy(), "element")
         for key, numbers in found.numbers.items():
-            row = np.full(size, np.nan)
-            row[list(numbers)] = _floats(list(numbers.values()))
-            put(f"state_scalar/{key}", row, "parameter", empty=np.nan)
+            per_parameter = np.full(size, np.nan)
+            per_parameter[list(numbers)] = _floats(list(numbers.values()))
+            put(f"state_scalar/{key}", per_parameter, "parameter", empty=np.nan)
         for (key, place), value in found.shaped.items():
             own = to_numpy(value)
             put(f"state_shaped/{key}/{place}", own, *(f"{key}_{axis}" for axis in range(1, own.ndim + 1)))

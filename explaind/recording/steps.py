@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from explaind.parameters import ParameterTable
 from explaind.recording.calls import CallRows
-from explaind.recording.capture import ForwardCall
 from explaind.recording.fixed import FixedTensors, module_types
+from explaind.recording.forwards import ForwardCall
 from explaind.recording.gradients import all_finite
 from explaind.recording.groups import GroupHistory
 from explaind.recording.naming import ExampleNames
 from explaind.recording.optimizers import Optimizers
+from explaind.recording.repeated import Repeated, among
 from explaind.recording.state import StateHistory
 from explaind.recording.widening import Widening
 from explaind.recording.writer import Later, Rows, StoreWriter
@@ -65,6 +66,8 @@ class StepRows:
         self._names, self._example_grads = names, example_grads
         self._groups = GroupHistory(optimizers)
         self._fixed = FixedTensors(model, tracked)
+        self._has_gradient = Repeated(among)
+        self._scale_and_limit = Repeated(_columns)
         self._last_flush = time.monotonic()
         self._flush_seconds = _FIRST_FLUSH_SECONDS
         self._attributes = self._layout(table, self._groups, self._fixed.layout) | {
@@ -179,11 +182,11 @@ class StepRows:
     def finish(self, *, loss: float) -> None:
         """The optimizers have made the step: it counts, and their new state is written."""
         assert self._gradient is not None
-        scale, limit = zip(*(self._rescaling[name] for name in self._table.names), strict=True)
+        scale, limit = self._scale_and_limit(self._rescaling)
         self._hold_one("gradient", self._gradient.numpy(), ("step", "element"))
-        self._hold_one("updated", np.array([name in self._updated for name in self._table.names]), _PER_PARAMETER)
-        self._hold_one("gradient_scale", np.array(scale), _PER_PARAMETER)
-        self._hold_one("gradient_limit", np.array(limit), _PER_PARAMETER)
+        self._hold_one("updated", self._has_gradient((self._table.names, self._updated)), _PER_PARAMETER)
+        self._hold_one("gradient_scale", scale, _PER_PARAMETER)
+        self._hold_one("gradient_limit", limit, _PER_PARAMETER)
         self._hold_one("hyperparameters", self._hyperparameters, ("step", "group", "hyperparameter"))
         self._hold_one("loss", np.float64(loss), ("step",))
         self._next_state = self._state.rows()
@@ -225,3 +228,8 @@ class StepRows:
 
     def _hold_one(self, name: str, row: Any, dims: tuple[str, ...]) -> None:
         self._hold((name, np.asarray(row)[None], dims))
+
+
+def _columns(pairs: Mapping[str, tuple[float, float]]) -> NDArray[np.float64]:
+    """The first numbers of some pairs, and the second ones, `[2, pair]`."""
+    return np.array(list(pairs.values())).T

@@ -152,12 +152,11 @@ class StoreWriter:
                 gathered.setdefault(name, []).append(rows)
                 self._dims.setdefault(name, dims)
         for name, parts in gathered.items():
-            rows = np.concatenate(parts) if len(parts) > 1 else parts[0]
             if name not in self._arrays:
                 share = min(1.0, block.num_bytes / _BLOCK_BYTES)
-                chunk_rows = rows_of_a_chunk(rows, round(len(rows) / max(share, 1e-3)))
-                self._arrays[name] = GrowingArray(self.path, name, self._dims[name], rows, chunk_rows)
-            self._arrays[name].append(rows)
+                chunk_rows = rows_of_a_chunk(parts[0], round(sum(map(len, parts)) / max(share, 1e-3)))
+                self._arrays[name] = GrowingArray(self.path, name, self._dims[name], parts[0], chunk_rows)
+            self._arrays[name].append(*parts)
         if block.attributes:
             zarr.open_group(self.path, mode="r+").attrs.update(block.attributes)
 

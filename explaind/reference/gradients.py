@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from explaind.calls import named_tensors, rebuild
 from explaind.query import Query
-from explaind.record import RecordedCall
+from explaind.recorded_calls import RecordedCall
 from explaind.run import Run
 
 __all__ = ["average_query_gradient", "example_gradients", "query_values"]

@@ -30,11 +30,13 @@ def queries(size: Size) -> list[dict[str, Any]]:
     """
     later = dict(list(size.phases.items())[1:])
     last = dict(list(size.phases.items())[-1:])
+    digits_phases = dict(list(size.digits_phases.items())[1:])
     records = []
     for problem, phases, is_goal in (
         (modular_addition(size), later, True),
         (modular_addition_last_position(size), last, False),
-        (digits(size), dict(list(size.digits_phases.items())[1:]), True),
+        (digits(size), digits_phases, True),
+        (digits(size, full_batch=True), digits_phases, True),
     ):
         loop = Loop(problem)
         for phase, run in sections(problem, size, phases).items():

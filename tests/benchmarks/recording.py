@@ -18,11 +18,13 @@ __all__ = ["recording"]
 
 def recording(size: Size) -> list[dict[str, Any]]:
     """Mean time of a traced step over that of an untraced one; blocks of both take turns."""
-    return [
-        record
-        for problem in (modular_addition(size), digits(size))
-        for record in _compare(problem, size.recorded_steps, size.rounds)
-    ]
+    # A recording makes its arrays and takes its memory once: blocks of short steps have more of them.
+    problems = (
+        (modular_addition(size), size.recorded_steps),
+        (digits(size), 10 * size.recorded_steps),
+        (digits(size, full_batch=True), size.recorded_steps),
+    )
+    return [record for problem, num_steps in problems for record in _compare(problem, num_steps, size.rounds)]
 
 
 def _compare(problem: Problem, num_steps: int, rounds: int) -> list[dict[str, Any]]:

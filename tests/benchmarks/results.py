@@ -11,6 +11,7 @@ from typing import Any
 from tests.benchmarks.environment import environment
 from tests.benchmarks.memory import memory
 from tests.benchmarks.naive import naive
+from tests.benchmarks.plans import plans
 from tests.benchmarks.precision import precision, whole_run_error
 from tests.benchmarks.products import products
 from tests.benchmarks.queries import queries
@@ -27,6 +28,7 @@ BENCHMARKS: dict[str, Callable[[Size], list[dict[str, Any]]]] = {
     "queries": queries,
     "products": products,
     "memory": memory,
+    "plans": plans,
     "error": whole_run_error,
     "precision": precision,
     "scaling": scaling,

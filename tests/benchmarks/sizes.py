@@ -75,8 +75,8 @@ FULL = Size(
     points=4,
     nodes=32,
     naive_recipe=replace(paper(), num_train=8, width=32, hidden=128, unused_positions=0),
-    naive_steps=8,
-    naive_queries=16,
+    naive_steps=24,
+    naive_queries=8,
     naive_nodes=100,
 )
 

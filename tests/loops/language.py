@@ -11,9 +11,9 @@ from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader, TensorDataset
 
 import explaind
-from tests.loops.row import Section, Traced
+from tests.loops.row import Rows, Traced
 
-LANGUAGE = Section("Language models")
+LANGUAGE = Rows()
 TOKENS = torch.randint(12, (6, 5), generator=torch.Generator().manual_seed(7))
 PROMPTS, NEXT = TOKENS[:2, :4], [3, 8]
 

@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 import explaind
 from explaind.errors import RecordingError
 from tests.loops.problem import LABELS
-from tests.loops.row import Row, Section, Traced
+from tests.loops.row import Row, Rows, Traced
 
-MODELS = Section("Models")
+MODELS = Rows()
 
 
 def draw(*shape: int) -> Tensor:
@@ -64,7 +64,7 @@ def add(
     dtype = properties.get("dtype", torch.float64)
     inputs = data.to(dtype) if data.is_floating_point() else data
     run = partial(fit, lambda: build().to(dtype), inputs, micro_batches, settings)
-    MODELS.rows.append(Row(name=name, run=run, **properties))
+    MODELS.append(Row(name=name, run=run, **properties))
 
 
 def mlp_with(*middle: nn.Module) -> nn.Sequential:
@@ -333,4 +333,4 @@ class Complex(nn.Module):
         return (x.to(self.weight.dtype) @ self.weight).abs()
 
 
-MODELS.rows.append(Row(name="complex parameters", run=partial(fit, Complex, VECTORS, 1, MOMENTUM), refused=TypeError))
+MODELS.append(Row(name="complex parameters", run=partial(fit, Complex, VECTORS, 1, MOMENTUM), refused=TypeError))

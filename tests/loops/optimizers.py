@@ -15,8 +15,8 @@ from explaind.errors import UnknownUpdateRuleError
 from tests.cases import Case, query, train
 from tests.loops.problem import FEATURES, LABELS, loader, mlp
 from tests.loops.problem import query as ask
-from tests.loops.row import Row, Section, Traced
-from tests.test_optimizers import CASES, is_muon, matrices
+from tests.loops.row import Row, Rows, Traced
+from tests.optimizer_cases import CASES, is_muon, matrices
 
 
 def fit(case: Case, **options: Any) -> Traced:
@@ -27,9 +27,7 @@ def fit(case: Case, **options: Any) -> Traced:
     return Traced(recorder.path, model, query(num=2))
 
 
-OPTIMIZERS = Section(
-    "Optimizers", [Row(name=case.name.replace("-", ": ", 1), run=partial(fit, case)) for case in CASES]
-)
+OPTIMIZERS = Rows(Row(name=case.name.replace("-", ": ", 1), run=partial(fit, case)) for case in CASES)
 
 
 @OPTIMIZERS.row("Muon for matrices, AdamW for the rest")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +42,14 @@ class Row:
         return self.name
 
 
-@dataclass
-class Section:
-    """Rows under one heading."""
-
-    title: str
-    rows: list[Row] = field(default_factory=list)
+class Rows(list[Row]):
+    """Rows of one kind, in the order of the page."""
 
     def row(self, name: str, **properties: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Decorate a function that trains and returns what it traced."""
 
         def add(run: Callable[..., Any]) -> Callable[..., Any]:
-            self.rows.append(Row(name=name, run=run, **properties))
+            self.append(Row(name=name, run=run, **properties))
             return run
 
         return add

@@ -1,0 +1,118 @@
+"""How much memory a decomposition works in.
+
+Counted are the arrays whose sizes depend on what is asked: for every query its vectors of the parameters' size, the
+activations of its inputs, and the terms of a step; and once the activations of a training batch, the vectors of a step
+and what is kept of the record. What operations need inside of themselves comes on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from explaind.ledger import term_sizes
+from explaind.path.budget import WorkingSet
+from explaind.path.gradients import call_replay
+from explaind.request import Request
+from explaind.stream import CHUNK_BYTES, chunk_sizes
+
+__all__ = ["queries_at_once", "working_set"]
+
+_FORWARD_VECTORS, _REVERSE_VECTORS, _PATH_VECTORS = 5, 4, 2
+"""Of the parameters' size for each query: with buffers (float64), by adjoints, and for optimizers without a rule.
+
+Adjoints are φ, C and ψ, and what φ is put together from."""
+_STEP_VECTORS = 48
+"""Of the parameters' size, float64, for a step: its filter, states, gradients and what these do not explain."""
+_GRAPHS = 2
+"""How often the activations of a forward pass are kept: as they are, and the gradients that came back to them."""
+
+
+def working_set(request: Request) -> WorkingSet:
+    """The memory that a request is worked out in, without the result itself."""
+    run, dtype = request.run, request.dtype
+    vector = 8 * run.table.num_elements
+    entries = len(request.sources) * (request.num_tokens or 1) * len(request.layers)
+    by_update_step, averaged = request.steps_axis == "update_step", request.average is not None
+    has_rows = request.sources.needs_rows or request.num_tokens is not None
+    if by_update_step:
+        vectors = (_FORWARD_VECTORS + averaged * len(request.wanted)) * vector
+    else:
+        kept = _REVERSE_VECTORS if all(run.rules) else _PATH_VECTORS
+        vectors = kept * dtype.itemsize * run.table.num_elements + 2 * averaged * vector
+    # The products, their sum in float64, and the block that it is entered into; on its way to a store, also the last.
+    terms = entries * ((dtype.itemsize + 8 if has_rows else 8) + (8 if request.out is None else 16))
+    own = {"gradients of queries": vectors, "terms of a step": terms}
+    batch = _GRAPHS * _batch_activations(request)
+    # How products are made is tried out in float64, before any query takes part.
+    trial = batch * 8 // dtype.itemsize if has_rows and not run.stores_example_grads else 0
+    fixed = {
+        "training batch": batch,
+        "vectors of a step": (_STEP_VECTORS + (4 * len(request.sources) if by_update_step else 0)) * vector,
+        "record": run.cached_bytes,
+    }
+    if request.out is not None:
+        fixed["blocks to be written"] = 2 * CHUNK_BYTES
+    inputs = {"inputs of queries": _GRAPHS * _query_activations(request)}
+    if request.function.separate:
+        return WorkingSet(fixed, own | inputs, trial)
+    return WorkingSet(fixed | inputs, own, trial)
+
+
+def queries_at_once(request: Request, memory: WorkingSet) -> int:
+    """How many queries share a sweep."""
+    num_queries = request.function.num_queries
+    fitting = memory.most_queries(request.memory, num_queries)
+    if request.out is None or "query" not in request.axes or fitting == num_queries:
+        return fitting
+    # So that no chunk of the store holds queries of two sweeps.
+    chunk = chunk_sizes(term_sizes(request.coordinates)["contribution"], num_queries=fitting)["query"]
+    return fitting // chunk * chunk
+
+
+def _query_activations(request: Request) -> int:
+    """Bytes that a forward pass of one query's inputs makes."""
+    first, params = request.function.part(slice(0, 1)), request.run.flat_params(request.run.num_steps)
+    made = _made(partial(first.at, params.to(request.device, torch.float64)))
+    return made * request.dtype.itemsize // torch.float64.itemsize
+
+
+def _batch_activations(request: Request) -> int:
+    """Bytes that a forward pass of the largest batch makes."""
+    run, largest = request.run, 0
+    for step, number in run.call_samples():
+        replay = call_replay(run, step, run.calls(step)[number], dtype=request.dtype, device=request.device)
+        with replay.conditions():
+            largest = max(largest, _made(partial(replay.outputs, replay.params)))
+    return largest
+
+
+def _made(work: Callable[[], object]) -> int:
+    """Bytes of all tensors that operations make, without gradients."""
+    made = _Made()
+    with torch.no_grad(), made:
+        work()
+    return made.num_bytes
+
+
+class _Made(TorchDispatchMode):
+    """Adds up the sizes of results that are no views of arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.num_bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        new = (x for x in tree_leaves(result) if isinstance(x, Tensor))
+        self.num_bytes += sum(x.nbytes for x in new if x.untyped_storage().data_ptr() not in given)
+        return result

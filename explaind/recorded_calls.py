@@ -1,0 +1,210 @@
+"""The forward calls of a recorded run: what the model saw, and the cotangents that came back to its output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from explaind.calls import CallKind
+from explaind.parameters import ParameterTable, named_dtype
+from explaind.recording.calls import input_array, output_grad_array
+from explaind.store import StoreReader
+
+__all__ = ["RecordedCall", "RecordedCalls"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedCall:
+    """One forward call of a recorded step, as `recording.capture.ForwardCall` saw it."""
+
+    kind: CallKind
+    """What was called, and how."""
+    inputs: dict[str, Tensor]
+    """Its tensors `[row, …]` by name."""
+    output_grads: dict[str, Tensor]
+    """c_{k,s} = ∂L_s/∂f(x_k) of every output that the loss depends on, `[row, …]`; none with an objective."""
+    examples: NDArray[np.int64]
+    """Example id of every row."""
+    rows: slice
+    """Where its rows lie among all rows of the run."""
+    training: NDArray[np.bool_]
+    """`module.training` of every module."""
+    rng_state: NDArray[np.uint8]
+    """Random number generators just before it."""
+    reached: frozenset[str]
+    """Names of the parameters whose gradients the cotangents entered, all but those that were frozen in that pass."""
+    fixed_version: int
+    """Version of the buffers and frozen parameters just before it."""
+    output_fingerprint: NDArray[np.float64]
+    """Norm and sum of its output, `[2]`."""
+
+    @property
+    def output_grad(self) -> Tensor:
+        """The cotangent of a model that returns one tensor."""
+        (only,) = self.output_grads.values()
+        return only
+
+
+class RecordedCalls:
+    """Reads the calls of the published steps of a store.
+
+    Args:
+        store: the store.
+        table: order of the recorded parameters.
+        num_steps: number of whole steps.
+
+    Raises:
+        KeyError, TypeError, ValueError: the store's attributes are incomplete.
+    """
+
+    def __init__(self, store: StoreReader, table: ParameterTable, num_steps: int) -> None:
+        self._store = store
+        self.table = table
+        """Order of the recorded parameters."""
+        self.num_steps = num_steps
+        """S, the number of whole steps; parameters exist for steps 0 … S."""
+        self._kinds, self._input_layouts = _read_calls(store.attributes)
+        self._input_cache: dict[tuple[int, str], NDArray[Any]] = {}
+
+    @cached_property
+    def examples(self) -> NDArray[np.int64]:
+        """Ids of all examples that were in a batch, sorted, `[example]`."""
+        rows = self._row_offsets[self._num_calls(self.num_steps)]
+        if not rows:  # no gradient came back to any call
+            return np.zeros(0, dtype=np.int64)
+        return np.unique(self._store.read("row_example", 0, int(rows)))
+
+    def calls(self, step: int) -> list[RecordedCall]:
+        """The forward calls that step's gradient came through, in the order of their backward passes."""
+        self._check_step(step, self.num_steps - 1)
+        return [self._call(index) for index in range(self._num_calls(step), self._num_calls(step + 1))]
+
+    def call_examples(self, step: int) -> NDArray[np.int64]:
+        """Example ids of all rows of a step, `[row]`."""
+        start, stop = (int(self._row_offsets[self._num_calls(s)]) for s in (step, step + 1))
+        return self._store.read("row_example", start, stop)
+
+    def stored_example_grads(self, rows: slice) -> Tensor:
+        """The per-example gradients that were written down for some rows, `[row, element]`."""
+        return torch.from_numpy(self._store.read("example_grad", rows.start, rows.stop))
+
+    @cached_property
+    def _call_steps(self) -> NDArray[np.int64]:
+        return self._store.read("call_step") if self._store.has("call_step") else np.empty(0, dtype=np.int64)
+
+    @cached_property
+    def _row_offsets(self) -> NDArray[np.int64]:
+        """Number of rows before each call, `[call + 1]`."""
+        counts = self._store.read("call_rows") if len(self._call_steps) else np.empty(0, dtype=np.int64)
+        return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+    def call_samples(self) -> list[tuple[int, int]]:
+        """One (step, call within it) for every kind of call and combination of training modes, with the most rows."""
+        count = self._num_calls(self.num_steps)
+        if not count:
+            return []
+        signs = np.concatenate([self._store.read("training", 0, count), self._call_kinds[:count, None]], axis=1)
+        most = np.argsort(-np.diff(self._row_offsets)[:count], kind="stable")
+        _, first = np.unique(signs[most], axis=0, return_index=True)
+        steps = [(int(self._call_steps[call]), int(call)) for call in np.sort(most[first])]
+        return [(step, call - self._num_calls(step)) for step, call in steps]
+
+    def _num_calls(self, step: int) -> int:
+        """Number of calls before a step."""
+        return int(np.searchsorted(self._call_steps, step))
+
+    def _call(self, index: int) -> RecordedCall:
+        start, stop = int(self._row_offsets[index]), int(self._row_offsets[index + 1])
+        number = int(self._call_kinds[index])
+        kind, layout = self._kinds[number]
+        position = self._store.read("row_input", start, stop)
+        first = int(self._kind_offsets[index])
+        return RecordedCall(
+            kind=kind,
+            inputs={
+                name: torch.from_numpy(self._inputs(layout, name)[position]).to(dtype)
+                for name, dtype in self._input_layouts[layout].items()
+            },
+            output_grads={
+                name: torch.from_numpy(
+                    self._store.read(output_grad_array(number, place, name), first, first + stop - start)
+                )
+                for place, name in enumerate(kind.outputs)
+            },
+            examples=self._store.read("row_example", start, stop),
+            rows=slice(start, stop),
+            training=self._store.read("training", index, index + 1)[0],
+            rng_state=self._store.read("rng_state", index, index + 1)[0],
+            reached=self._call_reached(index),
+            fixed_version=self._call_fixed(index),
+            output_fingerprint=self._store.read("output_fingerprint", index, index + 1)[0],
+        )
+
+    def _call_reached(self, index: int) -> frozenset[str]:
+        if not self._store.has("call_reached"):
+            return frozenset(self.table.names)
+        reached = self._store.read("call_reached", index, index + 1)[0]
+        return frozenset(name for name, entered in zip(self.table.names, reached, strict=True) if entered)
+
+    def _call_fixed(self, index: int) -> int:
+        if self._store.has("call_fixed"):
+            return int(self._store.read("call_fixed", index, index + 1)[0])
+        step = int(self._call_steps[index])
+        return int(self._store.read("snapshot_fixed", step, step + 1)[0])
+
+    @cached_property
+    def _call_kinds(self) -> NDArray[np.int64]:
+        """Number of each call's kind, `[call]`."""
+        if self._store.has("call_kind"):
+            return self._store.read("call_kind")
+        return np.zeros(len(self._call_steps), dtype=np.int64)
+
+    @cached_property
+    def _kind_offsets(self) -> NDArray[np.int64]:
+        """Number of rows of the same kind before each call, `[call]`."""
+        counts, offsets = np.diff(self._row_offsets), np.zeros(len(self._call_steps), dtype=np.int64)
+        for kind in np.unique(self._call_kinds):
+            members = self._call_kinds == kind
+            offsets[members] = np.cumsum(counts[members]) - counts[members]
+        return offsets
+
+    def _inputs(self, layout: int, name: str) -> NDArray[Any]:
+        if (layout, name) not in self._input_cache:
+            self._input_cache[layout, name] = self._store.read(input_array(layout, name))
+        return self._input_cache[layout, name]
+
+    @property
+    def uses_objective(self) -> bool:
+        """Whether an objective was recorded in place of cotangents."""
+        return any(kind.part is None for kind, _ in self._kinds)
+
+    def kinds_of(self, part: str) -> list[CallKind]:
+        """The kinds in which a part of the model was called."""
+        return [kind for kind, _ in self._kinds if kind.part == part]
+
+    def _check_step(self, step: int, last: int) -> None:
+        if not 0 <= step <= last:
+            raise IndexError(f"step {step} is not between 0 and {last} ({self.num_steps} steps are recorded).")
+
+
+def _read_calls(attributes: dict[str, Any]) -> tuple[list[tuple[CallKind, int]], list[dict[str, torch.dtype]]]:
+    """Every kind of call with the number of its input layout, and each layout's types by name."""
+    if "constants" in attributes:  # format 1 has one kind: tensors and plain data, and one output tensor
+        arguments = {name: {"tensor": name} for name in attributes["inputs"]}
+        arguments |= {name: {"value": value} for name, value in attributes["constants"].items()}
+        template = {
+            "args": [arguments[name] for name in sorted(filter(str.isdigit, arguments), key=int)],
+            "kwargs": {name: part for name, part in arguments.items() if not name.isdigit()},
+        }
+        kinds = [(CallKind(part="", template=template, outputs=("",), autocast=None), 0)]
+        layouts = [attributes["inputs"]]
+    else:
+        kinds = [(CallKind.from_json(kind), int(kind["inputs"])) for kind in attributes.get("call_kinds", [])]
+        layouts = attributes.get("input_layouts", [])
+    return kinds, [{name: named_dtype(dtype) for name, dtype in layout.items()} for layout in layouts]

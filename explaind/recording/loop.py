@@ -1,0 +1,262 @@
+"""Follows a training loop through PyTorch's own hooks, and makes steps of what they see."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from explaind.errors import NonFiniteError, RecordingError
+from explaind.parameters import ParameterTable
+from explaind.recording.capture import CallCapture
+from explaind.recording.checks import (
+    check_calls_reach,
+    check_finite,
+    check_one_gradient,
+    check_sparse,
+    check_unchanged,
+)
+from explaind.recording.forwards import ForwardCall
+from explaind.recording.gradients import Arrivals, all_finite, first_nonfinite, skipped_by_scaler, unscaled
+from explaind.recording.memory import CopyMemory
+from explaind.recording.naming import ExampleNames
+from explaind.recording.optimizers import Optimizers
+from explaind.recording.ownership import GroupMembers, owning_groups, tracked_parameters
+from explaind.recording.passes import BackwardPasses
+from explaind.recording.replays import StepReplays
+from explaind.recording.steps import StepRows
+
+__all__ = ["TracedLoop"]
+
+
+class TracedLoop:
+    """The hooks on a model, its parameters and its optimizers, and the step in progress.
+
+    Args:
+        model: the model.
+        called: what the loop calls: the model, its compiled form, or a container of what it calls.
+        optimizers: all that train it.
+        path: directory of the store.
+        names: knows the examples of the batches.
+        objective: what stands for the model's calls, if anything.
+        stores_example_grads: whether per-example gradients are written down.
+        metadata: the user's notes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        called: nn.Module,
+        optimizers: Optimizers,
+        path: Path,
+        *,
+        names: ExampleNames,
+        objective: Callable[[nn.Module, Any], Tensor] | None,
+        stores_example_grads: bool,
+        metadata: dict[str, Any],
+    ) -> None:
+        self._model, self._called, self._optimizers, self._path = model, called, optimizers, path
+        self._names, self._objective = names, objective
+        self._tracked = tracked_parameters(model, optimizers)
+        self._table = ParameterTable.of(self._tracked, owning_groups(self._tracked, optimizers))
+        self._members = GroupMembers(optimizers)
+        self._copies, self._looks = CopyMemory(), CopyMemory()
+        self._arrivals = Arrivals(self._tracked, self._table)
+        self._passes = BackwardPasses(gradients_cleared=self._gradients_cleared, arrival=self._arrivals.expect)
+        self.rows = StepRows(
+            model,
+            optimizers,
+            path,
+            self._tracked,
+            self._table,
+            names=names,
+            example_grads=self._example_grads if stores_example_grads else None,
+            metadata=metadata,
+        )
+        """What is written of the steps."""
+        self._replays = StepReplays(
+            model, self._tracked, self._table, objective=objective, fixed_tensors=self.rows.fixed_tensors
+        )
+        self._stepping = False
+        self._stepped: set[Optimizer] = set()
+        self._watched: set[str] = set()
+        self._loss = self._step_loss = math.nan
+        self._hooks: list[Any] = []
+
+    @property
+    def joined(self) -> bool:
+        """Whether the hooks are on."""
+        return bool(self._hooks)
+
+    def join(self, *, overwrite: bool) -> None:
+        """Make the store, and put the hooks on."""
+        self.rows.open(overwrite=overwrite)
+        self._capture = CallCapture(
+            self._model,
+            self._called,
+            current_step=lambda: self.rows.num_steps,
+            named=self._names.named,
+            objective=self._objective is not None,
+            before_call=self._before_call,
+            fixed_version=self.rows.fixed_version,
+            passes=self._passes,
+        )
+        self._hooks = [
+            *(optimizer.register_step_pre_hook(self._before_step) for optimizer in self._optimizers),
+            *(optimizer.register_step_post_hook(self._after_step) for optimizer in self._optimizers),
+        ]
+        self._watch_gradients()
+
+    def leave(self) -> None:
+        """Take the hooks off, and write what is left."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._capture.remove()
+        if self._stepped and not self._stepping:
+            self._end_step()
+        self.rows.close()
+
+    def log(self, loss: float | Tensor) -> None:
+        """Note the loss of the step in progress.
+
+        Raises:
+            NonFiniteError: it is NaN or infinite.
+        """
+        self._loss = float(loss.detach() if isinstance(loss, Tensor) else loss)
+        if not math.isfinite(self._loss):
+            raise NonFiniteError(f"the loss is {self._loss} at step {self.rows.num_steps}.")
+
+    # ------------------------------------------------------------------ forward and backward passes
+
+    def _gradients_cleared(self) -> bool:
+        return not any(p.grad is not None and bool(p.grad.any()) for p in self._tracked.values())
+
+    def _watch_gradients(self) -> None:
+        """See the gradients of the parameters that require some by now."""
+        for name, parameter in self._tracked.items():
+            if parameter.requires_grad and name not in self._watched:
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._note_arrival(name)))
+                self._watched.add(name)
+
+    def _note_arrival(self, name: str) -> Callable[[Tensor], None]:
+        reach = self._passes.reach
+        return lambda parameter: reach(name)
+
+    def _before_call(self) -> None:
+        if self._stepped and not self._stepping:  # a forward pass begins the next round, also if not all have stepped
+            self._end_step()
+        self._take_in_parameters()
+        self._watch_gradients()
+
+    def _take_in_parameters(self) -> None:
+        """Record the parameters, too, that the optimizers were given since the last step."""
+        if self.rows.unfinished or not self._members.have_changed():
+            return
+        every = tracked_parameters(self._model, self._optimizers)
+        owned = {id(parameter) for group in self._optimizers.param_groups for parameter in group["params"]}
+        if foreign := len(owned) - len(every):
+            raise RecordingError(
+                f"a group was added to the optimizer with {foreign} parameter{'s' if foreign > 1 else ''} that the "
+                f"traced model does not have; what they do cannot be recorded. The {self.rows.num_steps} steps before "
+                f"are safe in {self._path}."
+            )
+        places = self._members.places()
+        tracked = self._tracked | {name: parameter for name, parameter in every.items() if name not in self._tracked}
+        table = ParameterTable.of(tracked, owning_groups(tracked, self._optimizers))
+        self.rows.widen(tracked, table, places)
+        self._replays.widen(tracked, table)
+        self._arrivals.widen(tracked, table)
+        self._tracked, self._table = tracked, table
+
+    def _example_grads(self, call: ForwardCall) -> NDArray[Any]:
+        with self._capture.paused():
+            return self._replays.example_grads(call)
+
+    # ------------------------------------------------------------------ optimizer steps
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if skipped_by_scaler(optimizer):
+            return None
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._record(optimizer)
+            return None
+
+        # With a closure the gradient is computed inside `step`: it is complete once the closure returns.
+        def traced_closure() -> Any:
+            loss = closure()
+            if loss is not None:
+                self.log(loss)
+            self._record(optimizer)
+            return loss
+
+        if "closure" in kwargs:
+            return args, kwargs | {"closure": traced_closure}
+        return (args[0], traced_closure, *args[2:]), kwargs
+
+    def _record(self, optimizer: Optimizer) -> None:
+        """Take down what an optimizer is about to do."""
+        if self._stepping or (self.rows.unfinished and not self._stepped):
+            raise RecordingError(
+                f"the optimizer's step {self.rows.num_steps} began again before it was finished: an error stopped it, "
+                "or its step() calls that of another optimizer class. A recording cannot go on after that."
+            )
+        if optimizer in self._stepped:
+            self._end_step()
+        self._take_in_parameters()
+        first, step, calls = not self._stepped, self.rows.num_steps, self._passes.take()
+        own = set(map(id, chain.from_iterable(group["params"] for group in optimizer.param_groups)))
+        found = {name: parameter.grad for name, parameter in self._tracked.items() if id(parameter) in own}
+        check_sparse(found, self._model)
+        gradients = unscaled(found, optimizer)
+        gradient, params = self._flat(gradients, self._copies), self._flat(self._tracked, self._copies)
+        if cleared := not gradient.numpy().any() and self._gradients_cleared():  # so the calls before it do not count
+            calls = []
+        if not first:
+            check_one_gradient(calls, step)
+        check_finite("gradient of", gradient, gradients, step, self._path)
+        check_finite("parameter", params, self._tracked, step, self._path)
+        check_unchanged(calls, self._capture.parameters, step)
+        if first:
+            check_calls_reach(calls, step, cleared=cleared)
+        self._members.check(step)
+        rescaling = self._arrivals.rescaling(gradients, gradient, step)
+        if first:
+            self.rows.begin(params)
+            self.rows.add_calls(calls)
+            self._step_loss, self._loss = self._loss, math.nan
+        self.rows.add_gradients(gradients, gradient, rescaling)
+        self._stepping = True
+        if self._objective is not None and step == 0 and calls:
+            with self._capture.paused():
+                self._replays.check_objective(calls, gradients, rescaling, step)
+        self._arrivals.forget(gradients)
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if skipped_by_scaler(optimizer):
+            return
+        if not all_finite(self._flat(self._tracked, self._looks)):
+            name = first_nonfinite(self._tracked)
+            raise NonFiniteError(
+                f"step {self.rows.num_steps} made entries of the parameter '{name}' NaN or infinite. The steps before "
+                f"it are safe in {self._path}."
+            )
+        self._stepping = False
+        self._stepped.add(optimizer)
+        if len(self._stepped) == len(self._optimizers):
+            self._end_step()
+
+    def _end_step(self) -> None:
+        self.rows.finish(loss=self._step_loss)
+        self._stepped.clear()
+        self._names.end_step()
+
+    def _flat(self, tensors: Mapping[str, Tensor | None], memory: CopyMemory) -> Tensor:
+        return self._table.flatten(tensors, out=memory.empty((self._table.num_elements,), self._table.dtype))

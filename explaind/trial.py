@@ -1,0 +1,145 @@
+"""A few steps of an attribution, made to see what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from explaind.metering import Meter
+from explaind.path.factored import FactorProducts
+from explaind.path.factors import strategy
+from explaind.path.forward import ForwardSweep
+from explaind.path.integral import StepIntegral, integrate
+from explaind.path.products import ExampleGradients, ExampleProducts
+from explaind.path.queries import QueryFunction
+from explaind.path.reverse import ReverseSweep
+from explaind.path.slices import dot, layer_of
+from explaind.path.step import Step
+from explaind.path.sweep import step_tolerances
+from explaind.request import Request
+
+__all__ = ["INTEGRAL", "PREPARATION", "SKIPPED", "TERMS", "VALUES", "Trial"]
+
+PREPARATION, VALUES, INTEGRAL = "preparation", "values of queries", "path integral"
+TERMS, SKIPPED = "terms of the steps", "steps that are left out"
+
+
+class Trial:
+    """Single steps of a sweep, each as if the run ended with it.
+
+    Args:
+        request: the attribution.
+        function: queries that share a sweep.
+        products: how products with the examples' gradients are made.
+        replayed: whether the batch of every step is replayed.
+        meter: for all parts of the work.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        function: QueryFunction,
+        products: ExampleProducts | None,
+        *,
+        replayed: bool,
+        meter: Meter,
+    ) -> None:
+        self._request, self._run, self._function, self._products = request, request.run, function, products
+        self._path, self._replayed, self._meter = request.new_path(), replayed, meter
+        self._known = all(self._run.rules)
+        self._skips = self._known and len(request.wanted) < self._run.num_steps
+
+    def integrals(self, sampled: Sequence[int]) -> list[StepIntegral]:
+        """Make steps, and meter them; without the gradients."""
+        changes = [self._change(index) for index in sampled]
+        moved = torch.stack([(after - before).abs() for before, after in changes], dim=1)
+        # The tolerances of a run of these steps only are those of the whole run.
+        size = torch.stack([after.abs() for _, after in changes], dim=1).amax(dim=1, keepdim=True)
+        tolerances = step_tolerances(moved, size, self._request.tolerance)
+        integrals = []
+        for index, change, tolerance in zip(sampled, changes, tolerances.T, strict=True):
+            with self._meter.timed(INTEGRAL):
+                integral = self._integrate(index, change, tolerance)
+            adjoint = self._path.adjoint(index, integral.gradient)
+            with self._meter.timed(TERMS):
+                self._terms(index, adjoint)
+            integrals.append(integral)
+        if self._skips:
+            with self._meter.timed(SKIPPED):
+                self._skip(index, adjoint)
+        self._count(index, change, tolerance)
+        nodes = torch.stack([each.num_nodes.sum() for each in integrals]).to(torch.float64)
+        self._meter.operations[INTEGRAL] *= float(nodes.mean() / nodes[-1].clamp_min(1))
+        return integrals
+
+    def strategies(self, index: int) -> dict[str, str]:
+        """How a step's products are made, by layer."""
+        request, products = self._request, self._products
+        if not isinstance(products, FactorProducts):
+            return dict.fromkeys(request.layers, products.name if products else "none: the batch's gradient is enough")
+        ways: dict[str, set[str]] = {name: set() for name in request.layers}
+        for uses in self._step(index).uses:
+            for parameter in self._run.table:
+                layer = layer_of(parameter, request.slices)
+                if layer is not None:
+                    factors = uses.factors(parameter.name)
+                    found = ["vmap"] if factors is None else [strategy(f, self._function.num_queries) for f in factors]
+                    ways[request.layers[layer]].update(found)
+        return {layer: " and ".join(sorted(own)) or "none: no gradient" for layer, own in ways.items()}
+
+    def _count(self, index: int, change: tuple[Tensor, Tensor], tolerance: Tensor) -> None:
+        """Repeat a step to count its operations."""
+        with self._meter.counted(VALUES):
+            self._function.at(self._path.segment(self._step(index))[0])
+        with self._meter.counted(INTEGRAL):
+            integral = self._integrate(index, change, tolerance)
+        adjoint = self._path.adjoint(index, integral.gradient)
+        with self._meter.counted(TERMS):
+            self._terms(index, adjoint)
+        if self._skips:
+            with self._meter.counted(SKIPPED):
+                self._skip(index, adjoint)
+
+    def _step(self, index: int) -> Step:
+        rows_dtype = self._request.dtype if isinstance(self._products, FactorProducts) else None
+        return Step(self._run, index, self._request.device, rows_dtype=rows_dtype, replayed=self._replayed)
+
+    def _change(self, index: int) -> tuple[Tensor, Tensor]:
+        start, move = self._path.segment(self._step(index))
+        with self._meter.timed(VALUES):
+            before = self._function.at(start)
+        return before, self._function.at(start + move)
+
+    def _integrate(self, index: int, change: tuple[Tensor, Tensor], tolerance: Tensor) -> StepIntegral:
+        start, move = self._path.segment(self._step(index))
+        rule = self._request.rule
+        return integrate(self._function, start, move, change=change, tolerance=tolerance, quadrature=rule)
+
+    def _terms(self, index: int, adjoint: Tensor) -> object:
+        step = self._step(index)
+        if self._known:
+            return self._sweep(index).terms(step, adjoint)
+        return dot(adjoint, step.update, self._request.slices)
+
+    def _skip(self, index: int, adjoint: Tensor) -> object:
+        sweep, step = self._sweep(index), self._step(index)
+        return sweep.advance(step) if isinstance(sweep, ForwardSweep) else sweep.skip(step, adjoint)
+
+    def _sweep(self, index: int) -> ForwardSweep | ReverseSweep:
+        request = self._request
+        if request.steps_axis == "update_step":
+            gradients = cast("ExampleGradients | None", self._products)
+            return ForwardSweep(
+                self._run, products=gradients, sources=request.sources, slices=request.slices, device=request.device
+            )
+        return ReverseSweep(
+            self._run,
+            products=self._products,
+            sources=request.sources,
+            num_tokens=request.num_tokens or 1,
+            slices=request.slices,
+            first=index,
+        )
