@@ -90,7 +90,7 @@ class Attribution:
             error=float(error.max(skipna=False)),
             error_limit=1e-12,
             quadrature=share(terms["quadrature"][0]),
-            quadrature_limit=float(data.attrs["tolerance"]),
+            quadrature_limit=max(float(data.attrs["tolerance"]), 1e-12),
             other=share(terms["other"][1]),
             rounding=share(terms["rounding"][1]),
         )

@@ -11,9 +11,9 @@ from explaind.attribution import Attribution
 from explaind.ledger import Ledger, certificate, term_sizes
 from explaind.memory import queries_at_once, working_set
 from explaind.path.products import ExampleProducts
-from explaind.path.strategy import row_split, sampled_steps
+from explaind.path.strategy import row_split
 from explaind.path.sweep import Sweep
-from explaind.request import Request, is_replayed, products_of
+from explaind.request import Request, products_of
 from explaind.stream import Kept, Sink, Stored, new_store, write_dataset
 
 __all__ = ["attribute", "attributes"]
@@ -39,7 +39,6 @@ def attribute(request: Request) -> Attribution:
 
 def _sweeps(request: Request, products: ExampleProducts | None, at_once: int, sink: Sink) -> xr.Dataset:
     """Fill the sink with the terms of all queries; returns what stands beside them."""
-    replayed = is_replayed(request, products)
     function, beside = request.function, list[dict[str, tuple[tuple[str, ...], Any]]]()
     for first in range(0, function.num_queries, at_once):
         queries = slice(first, min(first + at_once, function.num_queries))
@@ -48,7 +47,6 @@ def _sweeps(request: Request, products: ExampleProducts | None, at_once: int, si
             function.part(queries),
             path=request.new_path(),
             products=products,
-            replayed=replayed,
             sources=request.sources,
             num_tokens=request.num_tokens,
             slices=request.slices,
@@ -69,14 +67,13 @@ def _sweeps(request: Request, products: ExampleProducts | None, at_once: int, si
         beside.append(certificate(sweep, updates))
     joined = {n: (dims, np.concatenate([part[n][1] for part in beside])) for n, (dims, _) in beside[0].items()}
     coordinates = {"query": list(function.names), **request.coordinates, "update_step": updates}
-    dataset = xr.Dataset(joined, coordinates, attributes(request, products, replayed))
+    dataset = xr.Dataset(joined, coordinates, attributes(request, products))
     return dataset if "query" in request.axes else dataset.squeeze("query", drop=True)
 
 
-def attributes(request: Request, products: ExampleProducts | None, replayed: bool) -> dict[str, Any]:
+def attributes(request: Request, products: ExampleProducts | None) -> dict[str, Any]:
     """What the result says of how it was made."""
     run, output = request.run, request.query.output
-    looked_at = ", ".join(map(str, sampled_steps(run)))
     return {
         "run": str(run.path),
         "output": getattr(output, "name", getattr(output, "__name__", "query")),
@@ -89,6 +86,5 @@ def attributes(request: Request, products: ExampleProducts | None, replayed: boo
         "dtype": str(request.dtype).removeprefix("torch."),
         "query_evaluation": "each query alone" if request.function.separate else "all inputs as one batch",
         "example_products": products.name if products else "none",
-        "replayed": "every step" if replayed else f"steps {looked_at}, whose gradients are the examples' alone",
         "row_split": row_split(run, products) if products else "none",
     }

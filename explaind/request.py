@@ -17,13 +17,13 @@ from explaind.path.budget import Budget, check_memory
 from explaind.path.products import ExampleProducts, TangentProducts
 from explaind.path.queries import QueryFunction
 from explaind.path.sources import Sources, select_sources
-from explaind.path.strategy import choose_gradients, choose_products, count_tokens, examples_are_all
+from explaind.path.strategy import choose_gradients, choose_products, count_tokens
 from explaind.quadrature import Adaptive, FixedRule, Quadrature, adaptive
 from explaind.query import Query
 from explaind.run import Run
 from explaind.stream import check_unused
 
-__all__ = ["Request", "Settings", "check_request", "is_replayed", "products_of"]
+__all__ = ["Request", "Settings", "check_request", "products_of"]
 
 
 class Settings(TypedDict, total=False):
@@ -176,8 +176,3 @@ def products_of(request: Request) -> ExampleProducts | None:
         return None
     choose = choose_gradients if request.steps_axis == "update_step" else choose_products
     return choose(run, dtype=dtype, device=device)
-
-
-def is_replayed(request: Request, products: ExampleProducts | None) -> bool:
-    """Whether every step's batch is replayed, to tell what of its gradient comes from the examples."""
-    return products is not None or not examples_are_all(request.run, request.device)

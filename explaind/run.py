@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from explaind.attribution import Attribution
     from explaind.averages import Average
     from explaind.path.verify import VerifyReport
-    from explaind.plan import Plan
+    from explaind.planning.plan import Plan
     from explaind.quadrature import Quadrature
     from explaind.query import Query
     from explaind.request import Settings
@@ -59,6 +59,8 @@ class Run(Record):
         self.objective = objective
         """The per-example losses `objective(model, batch)` that were recorded in place of cotangents, if any."""
         self.layers = default_layers(self.table.names)
+        self.examples_alone: dict[int, bool] = {}
+        """Of the steps that were replayed to tell, whether the gradient is its examples', with nothing else in it."""
 
     @property
     def layers(self) -> MutableMapping[str, Sequence[str]]:
@@ -187,9 +189,8 @@ class Run(Record):
             - `contribution [*by]`: what the examples' gradients did;
             - `decay`, `other`, `rounding [*by without examples]`: weight decay; gradient or movement that came from
               no recorded example (a penalty on the parameters, noise, an edit by hand, momentum from before the
-              recording); floating-point rounding of the training itself. Without examples, a few steps' batches are
-              replayed (`attrs["replayed"]` says which), and those of all other steps only if one of these gradients
-              is not its examples' alone; else the gradients of the other steps count as theirs;
+              recording); floating-point rounding of the training itself. To tell examples from others, each batch is
+              replayed; without example axis only once for all queries, unless there are others in its gradient;
             - `quadrature [query, update_step]`: the measured error of the path integral;
             - `initial`, `prediction`, `omitted`, `path_length [query]`: q(θ_0), q(θ_S), what restrictions left out,
               and Σ_s |q(θ_{s+1}) − q(θ_s)|.
@@ -247,7 +248,7 @@ class Run(Record):
         Raises:
             Exception: what `attribute` would raise before it computes anything.
         """
-        from explaind.calibration import make_plan
+        from explaind.planning.calibration import make_plan
 
         return make_plan(self, query, by=by, **settings)
 

@@ -100,6 +100,18 @@ def test_whole_and_parts_are_extrapolated_where_that_is_enough():
     assert abs(float(result.residual)) < 1e-13
 
 
+def test_rules_of_very_many_nodes_are_no_different():
+    assert abs(float(integrate(smooth(), quadrature.gauss_legendre(300)).residual)) < 1e-12
+    assert abs(float(integrate(smooth(), quadrature.adaptive(600), tolerance=1e-20).residual)) < 1e-12
+
+
+def test_what_there_are_not_nodes_enough_for_is_spread_over_the_step(monkeypatch):
+    # Depth first, they would all be spent at one end, and the rest of the step would stay undivided.
+    monkeypatch.setattr(path_integral, "_MOST_NODES", 200)
+    wave = Scalar(lambda x: torch.sin(40 * x), lambda x: 40 * torch.cos(40 * x))
+    assert abs(float(integrate(wave, quadrature.adaptive(2), tolerance=1e-15).residual)) < 1e-3
+
+
 def test_queries_are_divided_as_each_needs(tmp_path):
     run, _ = record(VIOLENT, tmp_path / "run.zarr", activation=nn.ReLU)
     options = {"by": ("query", "step"), "tolerance": 1e-4}

@@ -22,9 +22,13 @@ from explaind.path.uses import ORDERS, Uses
 from explaind.replay.call import Replay
 from explaind.run import Run
 
-__all__ = ["FactorProducts", "factor_products"]
+__all__ = ["DistrustedError", "FactorProducts", "factor_products"]
 
 _BLOCK_BYTES = 64 << 20
+
+
+class DistrustedError(Exception):
+    """A step's gradient was taken for the sum of its examples', and it is not."""
 
 
 class FactorProducts:
@@ -49,7 +53,11 @@ class FactorProducts:
         self.precision = dtype
 
     def products(self, step: Step, number: int, rows: Tensor, psi: Tensor, slices: Slices) -> Tensor:
-        """See `ExampleProducts.products`."""
+        """See `ExampleProducts.products`.
+
+        Raises:
+            DistrustedError: the rows of a step that is trusted do not add up to its gradient.
+        """
         result = psi.new_zeros(len(psi), len(rows), len(slices), dtype=self._dtype)
         uses, rest = step.uses[number], list[Parameter]()
         for parameter in self._run.table:
@@ -87,6 +95,8 @@ class FactorProducts:
         """Gradients of single rows, in blocks `[row, *shape]`, by parameters that the pass does not cover."""
         if not parameters:
             return
+        if step.is_trusted:
+            raise DistrustedError
         call = self._run.calls(step.index)[number]
         replay = call_replay(self._run, step.index, call, dtype=self._dtype, device=self._device)
         names = [parameter.name for parameter in parameters]
@@ -106,12 +116,19 @@ def _products(uses: Uses, name: str, vectors: Tensor, rows: Tensor) -> Tensor | 
         factors = uses.factors(name)
         return None if factors is None else _sum_of_products([part.take(rows) for part in factors], vectors, len(rows))
     # Of all rows, the products themselves show whether they are right, which is cheaper.
+    tried, weights = list[tuple[Tensor, Tensor, list[Factors]]](), uses.weights.abs()
     for order in ORDERS:
         factors = uses.split(name, uses.num_rows, order)
         if factors is not None:
             products = _sum_of_products(factors, vectors, uses.num_rows)
-            if uses.products_agree(name, vectors, products):
+            error = uses.product_errors(name, vectors, products)
+            if bool((error <= uses.same * (products.abs() @ weights)).all()):
                 return products
+            tried.append((error, products, factors))
+    for error, products, factors in sorted(tried, key=lambda attempt: float(attempt[0].max())):
+        sizes = _sum_of_products([part.absolute() for part in factors], vectors.abs(), uses.num_rows) @ weights
+        if bool((error <= uses.same * (products.abs() @ weights) + uses.noise(sizes)).all()):
+            return products
     return None
 
 

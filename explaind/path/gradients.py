@@ -35,6 +35,8 @@ __all__ = [
 ]
 
 _SAME_OUTPUT = 1e-3
+_ROW_WEIGHTS = np.concatenate([2.0 ** np.arange(-4, 4), -(2.0 ** np.arange(-4, 4))])
+"""All are used before one is used again: where there are few rows, each has its own."""
 
 
 def call_replay(run: Run, step: int, call: RecordedCall, *, dtype: torch.dtype, device: torch.device) -> Replay:
@@ -82,6 +84,7 @@ def replay_step(
     calls: Sequence[RecordedCall] | None = None,
     device: torch.device | None = None,
     watched: bool = False,
+    trusted: Mapping[str, Tensor] | None = None,
 ) -> ReplayedStep:
     """Replay the forward and backward passes of a step as the loop made them: same batch, order and randomness.
 
@@ -95,6 +98,8 @@ def replay_step(
         calls: only what comes through these forward calls of the step; by default all.
         device: where to compute; by default where the run was recorded, if there is such a device.
         watched: collect the uses.
+        trusted: Σ_k g_k of the step's one call by every parameter, if it is thought to be known. Then the rows are
+            weighted in the one backward pass, and their gradients must add up to this; the gradient is not given.
     """
     if device is None:
         device = run.device if run.device.type == "cpu" or torch.cuda.is_available() else torch.device("cpu")
@@ -118,13 +123,19 @@ def replay_step(
                 if call.kind.part is None:
                     outputs = {"": forward.scalar(outputs, {})}
             known = call.output_grads
+            cotangents: Sequence[Tensor | None]
             cotangents = [known[name].to(out) if name in known else None for name, out in outputs.items()]
             if not watched:
                 torch.autograd.backward(list(outputs.values()), cotangents)
                 continue
-            weights, combined = combined_rows(rows, params, call.output_grads, seed=(step, len(uses)))
-            uses.append(Uses(list(outputs.values()), params))
-            uses[-1].expect(weights, combined)
+            if trusted is not None:
+                weights, cotangents = _weighted(rows, params, call.output_grads, seed=(step, 0))
+                uses.append(Uses(list(rows.values()), params, row_weights=weights))
+                uses[-1].expect(torch.ones_like(weights), trusted)
+            else:
+                weights, combined = combined_rows(rows, params, call.output_grads, seed=(step, len(uses)))
+                uses.append(Uses(list(outputs.values()), params))
+                uses[-1].expect(weights, combined)
             uses[-1].backward(cotangents)
     updated = dict(zip(run.table.names, run.updated[step], strict=True))
     gradients = {name: param.grad for name, param in params.items() if updated[name] and param.grad is not None}
@@ -138,23 +149,35 @@ def combined_rows(
     output_grads: Mapping[str, Tensor],
     seed: tuple[int, int],
 ) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """Random weights w_k `[row]` and Σ_k w_k g_k by every parameter, in one backward pass.
+    """Random weights w_k `[row]` and Σ_k w_k g_k by every parameter, in one backward pass."""
+    weights, cotangents = _weighted(outputs, params, output_grads, seed)
+    totals = torch.autograd.grad(
+        list(outputs.values()), list(params.values()), cotangents, retain_graph=True, allow_unused=True
+    )
+    return weights, {n: None if t is None else dense(t) for n, t in zip(params, totals, strict=True)}
+
+
+def _weighted(
+    outputs: Mapping[str, Tensor],
+    params: Mapping[str, Tensor],
+    output_grads: Mapping[str, Tensor],
+    seed: tuple[int, int],
+) -> tuple[Tensor, list[Tensor]]:
+    """Random weights of the rows `[row]`, and the outputs' cotangents times these.
 
     The weights are signed powers of two: scaling a row's cotangents by one scales all that comes of them exactly, so
-    that whatever is compared with the sum is rounded alike. Of both signs, they do not add up to hide single rows.
+    that whatever is compared with their sum is rounded alike. Of both signs, they do not add up to hide single rows.
     """
     first = next(iter(outputs.values()))
     random = np.random.default_rng(seed)
-    drawn = random.choice([-1.0, 1.0], len(first)) * 2.0 ** random.integers(-2, 3, len(first))
+    sets = [random.permutation(_ROW_WEIGHTS) for _ in range(-(-len(first) // len(_ROW_WEIGHTS)))]
+    drawn = np.concatenate(sets)[: len(first)]
     weights = torch.from_numpy(drawn).to(device=first.device, dtype=next(iter(params.values())).dtype)
     cotangents = []
     for name, output in outputs.items():
         own = output_grads[name].to(output) if name in output_grads else torch.ones_like(output)
         cotangents.append(own * weights.to(output.dtype).reshape(-1, *[1] * (output.ndim - 1)))
-    totals = torch.autograd.grad(
-        list(outputs.values()), list(params.values()), cotangents, retain_graph=True, allow_unused=True
-    )
-    return weights, {n: None if t is None else dense(t) for n, t in zip(params, totals, strict=True)}
+    return weights, cotangents
 
 
 def recorded_rescaling(run: Run, step: int, gradient: Tensor) -> Rescaling:

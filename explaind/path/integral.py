@@ -7,6 +7,8 @@ that is what `adaptive` refines by.
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -215,15 +217,23 @@ class _Integration:
     def over(self, change: tuple[Tensor, Tensor]) -> StepIntegral:
         """The integral over the whole step."""
         every = torch.arange(len(self._tolerance), device=self._start.device)
-        waiting = [self._estimate((0.0, 1.0), every, change, exact=False)]
+        waiting, made = list[tuple[float, int, _Estimate]](), itertools.count()
+
+        def wait(estimate: _Estimate) -> None:
+            # The worst is divided first: of what there is no time for, the error is small.
+            worst = (estimate.error.abs() / self._tolerance[estimate.which]).max()
+            heapq.heappush(waiting, (-float(worst), next(made), estimate))
+
+        wait(self._estimate((0.0, 1.0), every, change, exact=False))
         while waiting:
-            estimate = waiting.pop()
+            _, _, estimate = heapq.heappop(waiting)
             counts, noisy = self._judge(estimate)
             for count, chosen in _grouped(counts):
-                waiting += self._divide(estimate.of(chosen), count)
+                for part in self._divide(estimate.of(chosen), count):
+                    wait(part)
             if noisy.any():
                 part = estimate.of(noisy)
-                waiting.append(self._estimate(part.ends, part.which, part.change, exact=True))
+                wait(self._estimate(part.ends, part.which, part.change, exact=True))
         phi = self._function.gathered(self._parts, self._phi)
         assert self._products is not None
         return StepIntegral(phi, self._products, change[1] - change[0] - self._products.sum(dim=1), self._spent)
@@ -259,8 +269,9 @@ class _Integration:
             done, noisy = (done | noise, noisy) if estimate.exact else (done, noise)
         if done.any():
             self._keep(estimate.of(done), 1.0)
-        reached = torch.tensor([_EXTRAPOLATION * count**self._order for count in PARTS[:-1]]).to(share)
-        counts = torch.tensor(PARTS, device=share.device)[torch.bucketize(share, reached)].clamp_max(most)
+        reached = [math.log2(_EXTRAPOLATION) + self._order * math.log2(count) for count in PARTS[:-1]]
+        wide = torch.bucketize(share.log2(), torch.tensor(reached).to(share))
+        counts = torch.tensor(PARTS, device=share.device)[wide].clamp_max(most)
         return torch.where(done | noisy, 0, counts), noisy
 
     def _divide(self, estimate: _Estimate, count: int) -> list[_Estimate]:
@@ -278,14 +289,23 @@ class _Integration:
             self._estimate((cuts[i], cuts[i + 1]), which, (values[i], values[i + 1]), exact=estimate.exact)
             for i in range(count)
         ]
-        ratio = count**self._order
-        weighted = [(part, ratio / (ratio - 1)) for part in parts] + [(estimate, -1 / (ratio - 1))]
+        left_out = 2.0 ** (-self._order * math.log2(count))
+        weight = left_out / (1 - left_out)
+        weighted = [(part, 1 + weight) for part in parts] + [(estimate, -weight)]
         error = torch.stack([weight * part.error for part, weight in weighted]).sum(dim=0)
         enough = error.abs() <= _BY_LENGTH * self._tolerance[which] * estimate.length
         if enough.any():
             for part, weight in weighted:
                 self._keep(part.of(enough), weight)
-        return [] if enough.all() else [part.of(~enough) for part in reversed(parts)]
+        if enough.all():
+            return []
+        if not estimate.exact:
+            noise = torch.stack([part.averages.rounding(self._update) for part in parts]).sum(dim=0)
+            if (noisy := ~enough & (error.abs() <= _NOISE * noise)).any():
+                whole = estimate.of(noisy)
+                again = self._estimate(whole.ends, whole.which, whole.change, exact=True)
+                return [again, *(part.of(~enough & ~noisy) for part in parts if not (enough | noisy).all())]
+        return [part.of(~enough) for part in parts]
 
     def _keep(self, estimate: _Estimate, weight: float) -> None:
         """Make an estimate a part of the integral."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from explaind.errors import VerificationError
+from explaind.path.factored import DistrustedError
 from explaind.path.products import ExampleProducts
 from explaind.path.slices import dot, layer_of, product
 from explaind.path.sources import Sources
@@ -82,22 +83,21 @@ class ReverseSweep:
         """The terms of a step, from φ_s `[query, element]`."""
         sums = self._advance(step, phi)
         exact = self._exact_sum(step, phi)
+        found = None if self._products is None else self._found(step)
+        sums += self._on_psi(step)
         omitted = exact[:, -1]
         lost = exact - sums.sum(dim=0)
         self._check_arithmetic(step, phi, lost, sums.abs().sum(dim=(0, 2)))
         decay, other, rounding, from_examples = (part[:, :-1] for part in sums)
         rounding = rounding + lost[:, :-1]
         contribution = from_examples[:, None, None]
-        if self._products is not None:
-            weights = (
-                self._psi if step.is_unscaled else self._psi * (step.filter.sign * step.gradient_scale).to(phi.dtype)
-            )
-            contribution, spread = self._contributions(step, weights)
+        if found is not None:
+            contribution, spread, weights, precision = found
             lost = from_examples - contribution.sum(dim=(1, 2))
             if self._sources.restricted:
                 omitted = omitted + lost.sum(dim=1)
             else:
-                check_example_sum(step, lost, spread, weights, self._slices, self._products.precision)
+                check_example_sum(step, lost, spread, weights, self._slices, precision)
                 rounding = rounding + lost
         if step.index == self._first and self._held is not None:
             # The buffer as it was before: it belongs to earlier steps, or to before the recording.
@@ -110,22 +110,17 @@ class ReverseSweep:
         return StepTerms(contribution=contribution, decay=decay, other=other, rounding=rounding, omitted=omitted)
 
     def _advance(self, step: Step, phi: Tensor) -> Tensor:
-        """C_s and ψ_s; returns decay, other, rounding and the examples' part, float64 `[4, query, column]`."""
+        """C_s and ψ_s; returns decay, other and rounding but for what ψ_s brings, float64 `[4, query, column]`."""
         f = step.filter
         if self._carried.shape != phi.shape:
             self._carried, self._psi = torch.zeros_like(phi), torch.empty_like(phi)
         on_phi = _Targets(phi, {_DECAY: -f.decoupled_decay * step.params} | _errors(1, step.update_error))
         on_r = _Targets(phi, _errors(-1, step.buffer_error))
-        on_psi = _Targets(
-            phi,
-            {_DECAY: -f.coupled_decay * step.params, _EXAMPLES: -f.sign * step.example_gradient_sum}
-            | _errors(-f.sign, step.foreign_gradient),
-        )
         gain, retain, intake = (x.to(phi.dtype) for x in (f.buffer_gain, f.retain, f.intake))
         previous_gain, gradient_gain = (
             x.to(phi.dtype) if bool(x.any()) else None for x in (f.previous_gain, f.gradient_gain)
         )
-        sums = torch.zeros(4, len(phi), len(self._slices) + 1, dtype=torch.float64, device=phi.device)
+        sums = self._no_sums(phi)
         # One parameter at a time, so that what is computed stays in the cache.
         for parameter, column in self._columns:
             part = parameter.slice
@@ -137,9 +132,24 @@ class ReverseSweep:
                 psi.addcmul_(seen, gradient_gain[part])
             if previous_gain is not None:
                 carried.addcmul_(seen, previous_gain[part])
-            for targets, vectors in ((on_phi, phi[:, part]), (on_r, r), (on_psi, psi)):
+            for targets, vectors in ((on_phi, phi[:, part]), (on_r, r)):
                 targets.add(sums[:, :, column], vectors, part)
         return sums
+
+    def _on_psi(self, step: Step) -> Tensor:
+        """What ψ_s brings to decay, other, rounding and the examples' part, float64 `[4, query, column]`."""
+        f, sums = step.filter, self._no_sums(self._psi)
+        on_psi = _Targets(
+            self._psi,
+            {_DECAY: -f.coupled_decay * step.params, _EXAMPLES: -f.sign * step.example_gradient_sum}
+            | _errors(-f.sign, step.foreign_gradient),
+        )
+        for parameter, column in self._columns:
+            on_psi.add(sums[:, :, column], self._psi[:, parameter.slice], parameter.slice)
+        return sums
+
+    def _no_sums(self, like: Tensor) -> Tensor:
+        return torch.zeros(4, len(like), len(self._slices) + 1, dtype=torch.float64, device=like.device)
 
     def _exact_sum(self, step: Step, phi: Tensor) -> Tensor:
         """⟨φ_s, Δ_s⟩ + ⟨C_s, m_{s−1}⟩ − ⟨C_{s+1}, m_s⟩ once C_s is known, float64 `[query, column]`."""
@@ -179,6 +189,17 @@ class ReverseSweep:
                 f"the terms of step {step.index} miss what it did by {float((missing / size).max()):.1e} of their "
                 "size, more than rounding: the linear filter of the optimizer's rule does not give its update."
             )
+
+    def _found(self, step: Step) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:
+        """The examples' contributions and their sizes, what was multiplied with their gradients, and its precision."""
+        assert self._products is not None
+        while True:
+            f, psi = step.filter, self._psi
+            weights = psi if step.is_unscaled else psi * (f.sign * step.gradient_scale).to(psi.dtype)
+            try:
+                return *self._contributions(step, weights), weights, self._products.precision
+            except DistrustedError:
+                step.distrust()
 
     def _contributions(self, step: Step, weights: Tensor) -> tuple[Tensor, Tensor]:
         """−⟨w, g_k⟩ gathered by source, `[query, source, token, layer]`, and Σ_k |⟨w, g_k⟩| `[query, layer]`."""
@@ -257,6 +278,7 @@ def check_example_sum(
         raise VerificationError(
             f"the examples' parts of step {step.index} do not sum to its gradient (off by "
             f"{float((missing / (total + cancelled)).max()):.1e} of their absolute sum). The model couples its batch "
-            "in some calls only, and not in the largest one, or it is not the model that was recorded; run.verify() "
-            "tells which. Without 'example' in by, the steps and layers still add up."
+            "in some calls only, and not in the largest one; or it is not the model that was recorded, which "
+            "run.verify() tells; or float32 is too coarse for it, and dtype=torch.float64 is not. Without 'example' in "
+            "by, the steps and layers still add up."
         )

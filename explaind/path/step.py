@@ -91,7 +91,8 @@ class Step:
         index: s.
         device: where to compute.
         rows_dtype: type of what the rows' gradients are made of, where they are needed.
-        replayed: replay the batch to find what of G_s comes from the examples; else all of it is taken to.
+        without_rows: nothing is asked of single rows. Then G_s counts as Σ_k g_{k,s} once a replay of the batch has
+            shown that it is, up to rounding; the run remembers that.
     """
 
     def __init__(
@@ -101,9 +102,11 @@ class Step:
         device: torch.device,
         *,
         rows_dtype: torch.dtype | None = None,
-        replayed: bool = True,
+        without_rows: bool = False,
     ) -> None:
-        self._run, self._device, self._rows_dtype, self._is_replayed = run, device, rows_dtype, replayed
+        self._run, self._device, self._rows_dtype, self._without_rows = run, device, rows_dtype, without_rows
+        self.is_trusted = False
+        """Whether G_s is taken for Σ_k g_{k,s} as long as the products with the rows' gradients agree."""
         self.index = index
         self.params = self._load(run.flat_params(index))
         """θ_s"""
@@ -117,6 +120,21 @@ class Step:
         self.gradient  # noqa: B018
         self._states  # noqa: B018
         self._run.calls(self.index)
+
+    def trust(self) -> None:
+        """Take G_s for Σ_k g_{k,s}, which saves a backward pass, if it can come from one call of the model only."""
+        self.is_trusted = self._is_trained_in(self._rows_dtype) and len(self._run.calls(self.index)) == 1
+
+    def distrust(self) -> None:
+        """Replay the batch after all, as the products have shown that G_s is not Σ_k g_{k,s}."""
+        self.is_trusted = False
+        for name in ("uses", "example_gradient_sum", "gradient_scale", "is_unscaled", "foreign_gradient"):
+            vars(self).pop(name, None)
+
+    @property
+    def is_the_examples(self) -> bool:
+        """Whether G_s is Σ_k g_{k,s} up to rounding."""
+        return self.is_trusted or not bool(self.foreign_gradient[0].any() or (self.gradient_scale != 1).any())
 
     @property
     def recorded_dtype(self) -> torch.dtype:
@@ -134,7 +152,19 @@ class Step:
     @cached_property
     def example_gradient_sum(self) -> Tensor:
         """The part of G_s that comes from the examples, Σ_k g_{k,s}, replayed and rescaled as recorded."""
-        return self._rescaling.apply(self.replayed_gradient) if self._is_replayed else self.gradient
+        if self.is_trusted or self.stands_for_examples:
+            return self.gradient
+        return self._rescaling.apply(self.replayed_gradient)
+
+    @property
+    def stands_for_examples(self) -> bool:
+        """Whether G_s may stand for Σ_k g_{k,s}: nothing is asked of rows, and a replay has shown that it is that."""
+        if not self._without_rows:
+            return False
+        known = self._run.examples_alone
+        if self.index not in known:
+            known[self.index] = not bool(self._replayed_foreign_gradient[0].any())
+        return known[self.index]
 
     @cached_property
     def replayed_gradient(self) -> Tensor:
@@ -149,6 +179,9 @@ class Step:
     @cached_property
     def uses(self) -> list[Uses]:
         """Of every forward call, what its rows' own gradients are made of, in the type `rows_dtype`."""
+        if self.is_trusted:
+            expected = self._run.table.unflatten(self.gradient.to(self._rows_dtype))
+            return replay_step(self._run, self.index, watched=True, trusted=expected).uses
         if self._is_trained_in(self._rows_dtype):
             return self._replayed.uses
         if self._rows_dtype == torch.float64:
@@ -176,7 +209,7 @@ class Step:
     @cached_property
     def gradient_scale(self) -> Tensor:
         """By which factor clipping or loss scaling multiplied each entry of the backward pass's gradient."""
-        return self._rescaling.factor(self.replayed_gradient)
+        return torch.ones_like(self.gradient) if self.is_trusted else self._rescaling.factor(self.replayed_gradient)
 
     @cached_property
     def is_unscaled(self) -> bool:
@@ -265,12 +298,14 @@ class Step:
         Raises:
             ModelMismatchError: an objective's gradient is not the recorded one.
         """
-        if not self._is_replayed:
+        if self.is_trusted or self.stands_for_examples:
             return torch.zeros_like(self.gradient), torch.zeros_like(self.gradient)
-        other, rounding = self._split(
-            self.gradient - self.example_gradient_sum,
-            self.gradient.abs() + self.example_gradient_sum.abs(),
-        )
+        return self._replayed_foreign_gradient
+
+    @cached_property
+    def _replayed_foreign_gradient(self) -> tuple[Tensor, Tensor]:
+        replayed = self._rescaling.apply(self.replayed_gradient)
+        other, rounding = self._split(self.gradient - replayed, self.gradient.abs() + replayed.abs())
         if self._run.uses_objective and other.norm() > SAME_GRADIENT * self.gradient.norm():
             raise ModelMismatchError(
                 f"the objective's sum does not have the gradient that was recorded at step {self.index}: they differ "

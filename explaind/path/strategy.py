@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from explaind.path.factored import FactorProducts, factor_products
@@ -11,9 +10,7 @@ from explaind.path.products import ExampleGradients, ExampleProducts, GradientPr
 from explaind.path.step import Step
 from explaind.run import Run
 
-__all__ = ["choose_gradients", "choose_products", "count_tokens", "examples_are_all", "row_split", "sampled_steps"]
-
-_NUM_SAMPLED = 8
+__all__ = ["choose_gradients", "choose_products", "count_tokens", "row_split"]
 
 
 def choose_products(run: Run, *, dtype: torch.dtype, device: torch.device) -> ExampleProducts:
@@ -38,24 +35,6 @@ def choose_gradients(run: Run, *, dtype: torch.dtype, device: torch.device) -> E
     """A strategy that gives per-example gradients themselves, in whichever way the model allows."""
     factors = None if run.stores_example_grads else factor_products(run, dtype=dtype, device=device)
     return factors or GradientProducts(run, dtype=dtype, device=device)
-
-
-def sampled_steps(run: Run) -> list[int]:
-    """All steps of a short run; of a longer one the first, the last, one for each kind of call, and some drawn."""
-    if run.num_steps <= _NUM_SAMPLED:
-        return list(range(run.num_steps))
-    drawn = np.random.default_rng(0).choice(run.num_steps, _NUM_SAMPLED - 2, replace=False)
-    return sorted({0, run.num_steps - 1, *drawn.tolist(), *(step for step, _ in run.call_samples())})
-
-
-def examples_are_all(run: Run, device: torch.device) -> bool:
-    """Whether in the sampled steps the optimizer's gradient is that of the examples, up to rounding.
-
-    If it is, a decomposition without them need not replay the other steps, and takes G_s for Σ_k g_{k,s}.
-    """
-    return all(run.rules) and not any(
-        bool(Step(run, step, device).foreign_gradient[0].any()) for step in sampled_steps(run)
-    )
 
 
 def row_split(run: Run, products: ExampleProducts) -> str:

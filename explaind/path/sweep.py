@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from explaind.errors import VerificationError
 from explaind.path.averaged import ExplainedPath
 from explaind.path.factored import FactorProducts
 from explaind.path.forward import ForwardSweep
@@ -26,6 +27,9 @@ from explaind.quadrature import Quadrature
 from explaind.run import Run
 
 __all__ = ["Sweep", "step_tolerances"]
+
+_LARGEST_LOSS, _LOST_UNITS = 1e-3, 1024
+"""Rounding of average gradients: of their products with the update, and units of the product of the norms."""
 
 _Entry = TypeVar("_Entry")
 
@@ -55,7 +59,6 @@ class Sweep:
         *,
         path: ExplainedPath,
         products: ExampleProducts | None,
-        replayed: bool,
         sources: Sources,
         num_tokens: int | None,
         slices: list[list[slice]],
@@ -69,10 +72,16 @@ class Sweep:
         self._run, self._function, self._path, self._sources, self._slices = run, function, path, sources, slices
         self._wanted, self._rule, self._num_tokens = set(wanted), rule, num_tokens
         self._progress, self._dtype, self._device = progress, dtype, device
-        self._products, self._replayed = products, replayed
+        self._products = products
         points = self._bar(path.points(), "query values", run.num_steps + 1)
         self.values = torch.stack([function.at(point) for point in points], dim=1)
         """q along the path, float64 `[query, snapshot]`."""
+        if not bool(self.values.isfinite().all()):
+            query, snapshot = (~self.values.isfinite()).nonzero()[0].tolist()
+            raise ValueError(
+                f"query {function.names[query]!r} is {float(self.values[query, snapshot])} with the weights of "
+                f"snapshot {snapshot}; only changes between finite numbers can be explained."
+            )
         changes = self.values.diff(dim=1).abs()
         self.path_length = changes.sum(dim=1)
         """Summed absolute changes of q along the path, `[query]`."""
@@ -90,7 +99,7 @@ class Sweep:
         if not all(self._run.rules):
             yield from self._undivided()
             return
-        first = min(self._wanted)
+        first, is_the_examples = min(self._wanted), False
         sweep = ReverseSweep(
             self._run,
             products=self._products,
@@ -104,8 +113,12 @@ class Sweep:
             if index not in self._wanted:
                 self.omitted += sweep.skip(step, adjoint)
                 continue
+            if is_the_examples and isinstance(self._products, FactorProducts):
+                step.trust()
             terms = sweep.terms(step, adjoint)
             self.omitted += terms.omitted
+            # What holds for one step's gradient is tried with the next one's, which then is cheaper.
+            is_the_examples = self._products is not None and step.is_the_examples
             del step, adjoint  # they are large, and the next ones are made before they are replaced here
             yield index, self._with_rounding(index, terms)
 
@@ -171,7 +184,7 @@ class Sweep:
 
     def _step(self, index: int) -> Step:
         rows_dtype = self._dtype if isinstance(self._products, FactorProducts) else None
-        return Step(self._run, index, self._device, rows_dtype=rows_dtype, replayed=self._replayed)
+        return Step(self._run, index, self._device, rows_dtype=rows_dtype, without_rows=self._products is None)
 
     def _adjoint(self, step: Step) -> Tensor:
         """λ_s, `[query, element]`; of weights that are not averaged, φ_s."""
@@ -200,7 +213,16 @@ class Sweep:
 
     def _account_for_rounding(self, step: int, integral: StepIntegral, move: Tensor) -> None:
         """The residual is that of the gradients as they were found; what they lost when put together is rounding."""
-        lost = integral.products - dot(integral.gradient, move, [[parameter.slice] for parameter in self._run.table])
+        parts = [[parameter.slice] for parameter in self._run.table]
+        lost = integral.products - dot(integral.gradient, move, parts)
+        unit = _LOST_UNITS * torch.finfo(integral.gradient.dtype).eps
+        size = integral.gradient.norm(dim=1) * move.norm()
+        missing, limit = lost.abs().sum(dim=1), _LARGEST_LOSS * integral.products.abs().sum(dim=1) + unit * size
+        if not bool((missing <= limit).all()):
+            raise VerificationError(
+                f"the average gradients of step {step} have lost {float((missing / limit).max()):.0e} times what "
+                "rounding may take when they were put together."
+            )
         by_layer = lost.new_zeros(len(lost), len(self._slices))
         for column, layer in enumerate(self._columns):
             if layer is not None and step in self._wanted:

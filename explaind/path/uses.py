@@ -24,6 +24,9 @@ SAME_ROW = {torch.float64: 1e-8, torch.float32: 1e-4}
 _NOISE = 64
 """Rounding of a gradient that is zero in exact numbers, in units of the norm of all."""
 
+_TRUSTED_UNITS = 16
+"""Largest difference of the rows' sum from a gradient that is known, in units of the sum's absolute parts."""
+
 Order = Literal["first", "last"]
 """Whether the rows of the batch come before or after the positions within a row, such as tokens."""
 ORDERS: tuple[Order, ...] = get_args(Order)
@@ -43,9 +46,13 @@ class Uses:
     Args:
         outputs: where it starts.
         leaves: the parameters, leaves of the graph, by name.
+        row_weights: powers of two that the rows' cotangents have been multiplied with, to be divided out, `[row]`.
     """
 
-    def __init__(self, outputs: Sequence[Tensor], leaves: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, outputs: Sequence[Tensor], leaves: Mapping[str, Tensor], *, row_weights: Tensor | None = None
+    ) -> None:
+        self._row_weights = row_weights
         self._outputs, self._hooks = outputs, list[Any]()
         self._names = {id(leaf): name for name, leaf in leaves.items()}
         self._shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
@@ -86,9 +93,20 @@ class Uses:
 
     def order(self, name: str) -> Order | None:
         """Where the rows lie; None if not covered."""
+        tried = list[tuple[float, Order, list[Factors]]]()
+        total = self._combined[name]
+        size = 0.0 if total is None else float(total.norm())
         for order in ORDERS:
             factors = self.split(name, self.num_rows, order)
-            if factors is not None and self.agrees(name, [part.combined(self.weights) for part in factors]):
+            if factors is not None:
+                error = self._error(name, [part.combined(self.weights) for part in factors])
+                if error <= self.same * size:
+                    return order
+                tried.append((error, order, factors))
+        # What is left of numbers that cancel is their rounding, whose size only they themselves tell.
+        for error, order, factors in sorted(tried, key=lambda attempt: attempt[0]):
+            sizes = [part.absolute().combined(self.weights.abs()) for part in factors]
+            if error <= self.same * size + self.noise(sum(float(part.norm()) for part in sizes)):
                 return order
         return None
 
@@ -97,22 +115,25 @@ class Uses:
         if name in self.uncovered:
             return None
         try:
-            return [make(partial(_by_row, num_rows=num_rows, order=order)) for make in self._brought.get(name, ())]
+            parts = [make(partial(_by_row, num_rows=num_rows, order=order)) for make in self._brought.get(name, ())]
         except NotByRowError:
             return None
+        return parts if self._row_weights is None else [part.scaled(1 / self._row_weights) for part in parts]
 
-    def products_agree(self, name: str, vectors: Tensor, products: Tensor) -> bool:
-        """Whether Σ_k w_k ⟨ψ, g_k⟩ is ⟨ψ, Σ_k w_k g_k⟩ for vectors `[query, *shape]` and products `[query, row]`."""
-        total = self._combined[name]
-        if total is None:
-            return not bool(products.any())
-        vectors = vectors.reshape(len(vectors), -1)
-        error = (products @ self.weights - vectors @ total.flatten()).abs()
-        limit = SAME_ROW[total.dtype] * (products.abs() @ self.weights.abs())
-        if bool((error <= limit).all()):
-            return True
-        noise = _NOISE * torch.finfo(total.dtype).eps * self._size * vectors.norm(dim=1)
-        return bool((error <= limit + noise).all())
+    def product_errors(self, name: str, vectors: Tensor, products: Tensor) -> Tensor:
+        """|Σ_k w_k ⟨ψ, g_k⟩ − ⟨ψ, Σ_k w_k g_k⟩| `[query]`, for vectors `[query, *shape]`, products `[query, row]`."""
+        total, found = self._combined[name], products @ self.weights
+        return (found if total is None else found - vectors.reshape(len(vectors), -1) @ total.flatten()).abs()
+
+    def noise(self, size: Any) -> Any:
+        """Rounding of sums of numbers of this size together."""
+        return _NOISE * torch.finfo(self.weights.dtype).eps * size
+
+    @property
+    def same(self) -> float:
+        """Largest relative difference that is none."""
+        unit = torch.finfo(self.weights.dtype).eps
+        return SAME_ROW[self.weights.dtype] if self._row_weights is None else _TRUSTED_UNITS * unit
 
     @property
     def num_rows(self) -> int:
@@ -120,15 +141,17 @@ class Uses:
         return len(self.weights)
 
     def agrees(self, name: str, parts: Sequence[Tensor]) -> bool:
-        """Whether Σ_k w_k g_k is the sum of some parts."""
-        error, total = sum(parts, start=torch.zeros(())), self._combined[name]
-        if total is not None:
-            error = error - total.reshape(self._shapes[name])
-            unit = torch.finfo(total.dtype).eps
-            limit = SAME_ROW[total.dtype] * float(total.norm()) + _NOISE * unit * self._size
-        else:
-            limit = 0.0
-        return float(error.norm()) <= limit
+        """Whether Σ_k w_k g_k is the sum of some parts, up to the rounding of the gradients of all parameters."""
+        total = self._combined[name]
+        return self._error(name, parts) <= (
+            0.0 if total is None else self.same * float(total.norm()) + self.noise(self._size)
+        )
+
+    def _error(self, name: str, parts: Sequence[Tensor]) -> float:
+        """‖Σ_k w_k g_k − Σ parts‖."""
+        total = self._combined[name]
+        target = torch.zeros(()) if total is None else total.reshape(self._shapes[name])
+        return float((sum(parts, start=torch.zeros_like(target)) - target).norm())
 
     def _watch(self, roots: list[Any]) -> None:
         seen, waiting = set(roots), list(roots)

@@ -99,14 +99,6 @@ class Replay:
             gradients: dict[str, Tensor] = vmap(grad(scalar), in_dims=(None, 0, 0))(wanted, *chosen)
         return gradients
 
-    def single_row(self, row: int) -> dict[str, Tensor]:
-        """g_k of a row by a batch that consists of it alone, `{name: [*shape]}`."""
-
-        def own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {name: tensor[row : row + 1] for name, tensor in tensors.items()}
-
-        return replace(self, inputs=own(self.inputs), output_grads=own(self.output_grads)).summed()
-
     def batch_rows(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """g_k of some rows as far as the gradient enters at their own output, `{name: [row, *shape]}`.
 

@@ -37,7 +37,7 @@ _PRECISION = """\
 
 The error of the path integral, measured against the change of each prediction in each step, for the gradient
 evaluations that a rule spent, on the first steps of two runs. *kink-aware* averages the slopes of ReLUs over the
-sub-interval that a node stands for; *adaptive* does so too, and halves only the sub-intervals above tolerance.
+sub-interval that a node stands for; *adaptive* does so too, and divides only the sub-intervals above tolerance.
 `python -m tests.benchmarks precision`
 
 ![error against gradient evaluations](benchmarks/precision.png)

@@ -8,7 +8,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from explaind.metering import Meter
 from explaind.path.factored import FactorProducts
 from explaind.path.factors import strategy
 from explaind.path.forward import ForwardSweep
@@ -19,12 +18,13 @@ from explaind.path.reverse import ReverseSweep
 from explaind.path.slices import dot, layer_of
 from explaind.path.step import Step
 from explaind.path.sweep import step_tolerances
+from explaind.planning.metering import Meter
 from explaind.request import Request
 
-__all__ = ["INTEGRAL", "PREPARATION", "SKIPPED", "TERMS", "VALUES", "Trial"]
+__all__ = ["INTEGRAL", "PREPARATION", "REPLAYS", "SKIPPED", "TERMS", "VALUES", "Trial"]
 
 PREPARATION, VALUES, INTEGRAL = "preparation", "values of queries", "path integral"
-TERMS, SKIPPED = "terms of the steps", "steps that are left out"
+REPLAYS, TERMS, SKIPPED = "replays of batches", "terms of the steps", "steps that are left out"
 
 
 class Trial:
@@ -34,7 +34,6 @@ class Trial:
         request: the attribution.
         function: queries that share a sweep.
         products: how products with the examples' gradients are made.
-        replayed: whether the batch of every step is replayed.
         meter: for all parts of the work.
     """
 
@@ -44,12 +43,12 @@ class Trial:
         function: QueryFunction,
         products: ExampleProducts | None,
         *,
-        replayed: bool,
         meter: Meter,
     ) -> None:
         self._request, self._run, self._function, self._products = request, request.run, function, products
-        self._path, self._replayed, self._meter = request.new_path(), replayed, meter
-        self._known = all(self._run.rules)
+        self._path, self._meter = request.new_path(), meter
+        self._known, self._trusts = all(self._run.rules), False
+        self._known_steps = dict(self._run.examples_alone)
         self._skips = self._known and len(request.wanted) < self._run.num_steps
 
     def integrals(self, sampled: Sequence[int]) -> list[StepIntegral]:
@@ -64,6 +63,8 @@ class Trial:
             with self._meter.timed(INTEGRAL):
                 integral = self._integrate(index, change, tolerance)
             adjoint = self._path.adjoint(index, integral.gradient)
+            with self._meter.timed(REPLAYS):
+                self._replay(index)
             with self._meter.timed(TERMS):
                 self._terms(index, adjoint)
             integrals.append(integral)
@@ -97,6 +98,8 @@ class Trial:
         with self._meter.counted(INTEGRAL):
             integral = self._integrate(index, change, tolerance)
         adjoint = self._path.adjoint(index, integral.gradient)
+        with self._meter.counted(REPLAYS):
+            self._replay(index)
         with self._meter.counted(TERMS):
             self._terms(index, adjoint)
         if self._skips:
@@ -105,7 +108,7 @@ class Trial:
 
     def _step(self, index: int) -> Step:
         rows_dtype = self._request.dtype if isinstance(self._products, FactorProducts) else None
-        return Step(self._run, index, self._request.device, rows_dtype=rows_dtype, replayed=self._replayed)
+        return Step(self._run, index, self._request.device, rows_dtype=rows_dtype, without_rows=self._products is None)
 
     def _change(self, index: int) -> tuple[Tensor, Tensor]:
         start, move = self._path.segment(self._step(index))
@@ -118,10 +121,20 @@ class Trial:
         rule = self._request.rule
         return integrate(self._function, start, move, change=change, tolerance=tolerance, quadrature=rule)
 
+    def _replay(self, index: int) -> bool:
+        """Find out what is in a step's gradient, if nothing is asked of its rows."""
+        return self._known and self._step(index).stands_for_examples
+
     def _terms(self, index: int, adjoint: Tensor) -> object:
         step = self._step(index)
+        if self._trusts:
+            step.trust()
         if self._known:
-            return self._sweep(index).terms(step, adjoint)
+            terms = self._sweep(index).terms(step, adjoint)
+            by_factors = isinstance(self._products, FactorProducts) and self._request.steps_axis != "update_step"
+            self._trusts = by_factors and step.is_the_examples
+            self._run.examples_alone = dict(self._known_steps)  # each of them is replayed as if for the first time
+            return terms
         return dot(adjoint, step.update, self._request.slices)
 
     def _skip(self, index: int, adjoint: Tensor) -> object:

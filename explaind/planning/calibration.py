@@ -11,15 +11,14 @@ import torch
 from explaind.decomposition import attributes
 from explaind.ledger import term_sizes
 from explaind.memory import queries_at_once, working_set
-from explaind.metering import Meter
 from explaind.path.factored import FactorProducts
 from explaind.path.products import ExampleProducts
-from explaind.path.strategy import sampled_steps
-from explaind.plan import Plan
+from explaind.planning.metering import Meter
+from explaind.planning.plan import Plan
+from explaind.planning.trial import INTEGRAL, PREPARATION, REPLAYS, SKIPPED, TERMS, VALUES, Trial
 from explaind.query import Query
-from explaind.request import Request, check_request, is_replayed, products_of
+from explaind.request import Request, check_request, products_of
 from explaind.run import Run
-from explaind.trial import INTEGRAL, PREPARATION, SKIPPED, TERMS, VALUES, Trial
 
 __all__ = ["make_plan"]
 
@@ -32,25 +31,26 @@ def make_plan(run: Run, query: Query, **arguments: Any) -> Plan:
     with run.reads() as before, meter.timed(PREPARATION), meter.counted(PREPARATION):
         request = check_request(run, query, **arguments)
         products = products_of(request)
-        replayed = is_replayed(request, products)
-        attributes(request, products, replayed)
+        attributes(request, products)
         memory = working_set(request)
     at_once = queries_at_once(request, memory)
     integrated = _integrated(request)
     # From the middle of equal stretches: the first steps of a training are often unlike all others.
     places = len(integrated) * (np.arange(_NUM_SAMPLES) + 0.5) / _NUM_SAMPLES
     sampled = sorted({integrated[int(place)] for place in places})
-    trial = Trial(request, request.function.part(slice(0, at_once)), products, replayed=replayed, meter=meter)
-    with run.reads() as read:
-        integrals = trial.integrals(sampled)
-
     num_queries, steps = request.function.num_queries, len(integrated)
     sweeps, snapshots = math.ceil(num_queries / at_once), run.num_steps + 1
     swept = run.num_steps if request.steps_axis == "update_step" else steps
+    batch_passes = _batch_passes(request, products, sweeps)
+    trial = Trial(request, request.function.part(slice(0, at_once)), products, meter=meter)
+    with run.reads() as read:
+        integrals = trial.integrals(sampled)
+
     times = {
         PREPARATION: 1.0,
         VALUES: snapshots * num_queries / at_once,
         INTEGRAL: steps * num_queries / at_once,
+        REPLAYS: batch_passes if products is None else 0,
         TERMS: sweeps * len(request.wanted),
         SKIPPED: sweeps * (swept - len(request.wanted)),
     }
@@ -62,11 +62,11 @@ def make_plan(run: Run, query: Query, **arguments: Any) -> Plan:
         steps=steps,
         sweeps=sweeps,
         queries_at_once=at_once,
-        batch_passes=_batch_passes(request, products, replayed, sweeps * swept) if all(run.rules) else sweeps,
+        batch_passes=batch_passes,
         query_values=sweeps * snapshots,
         query_gradients=round(float(nodes) * steps * num_queries),
         operations={part: round(number * times[part]) for part, number in meter.operations.items()},
-        bytes_read=run.bytes_of(read, integrated[0], sweeps, before=before, num_before=len(sampled_steps(run))),
+        bytes_read=run.bytes_of(read, integrated[0], sweeps, before=before, num_before=len(run.call_samples())),
         bytes_result=result,
         stored=request.out is not None,
         memory=memory.of(at_once),
@@ -82,12 +82,17 @@ def _integrated(request: Request) -> list[int]:
     return list(range(wanted[0], run.num_steps)) if carried or request.average is not None else wanted
 
 
-def _batch_passes(request: Request, products: ExampleProducts | None, replayed: bool, steps: int) -> int:
+def _batch_passes(request: Request, products: ExampleProducts | None, sweeps: int) -> int:
     """Replays of the batch: in the types of the training, and for the rows if theirs is another."""
-    if not replayed:
-        return len(sampled_steps(request.run))
-    trained = {parameter.dtype for parameter in request.run.table}
-    return steps * (1 + (isinstance(products, FactorProducts) and trained != {request.dtype}))
+    run = request.run
+    if not all(run.rules):
+        return sweeps
+    steps = range(run.num_steps) if request.steps_axis == "update_step" else request.wanted
+    if products is None:
+        known = run.examples_alone
+        return sum(1 if step not in known else 0 if known[step] else sweeps for step in steps)
+    trained = {parameter.dtype for parameter in run.table}
+    return sweeps * len(steps) * (1 + (isinstance(products, FactorProducts) and trained != {request.dtype}))
 
 
 def _result_bytes(request: Request, steps: int) -> int:

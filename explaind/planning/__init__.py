@@ -1,0 +1,1 @@
+"""What an attribution will cost, before it is made."""
