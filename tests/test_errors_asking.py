@@ -164,7 +164,5 @@ def test_the_top_examples_need_an_example_axis(run):
 
 def test_queries_that_are_not_finite_are_named(run):
     infinite = explaind.Query(FEATURES[:2], output=lambda logits: torch.log(torch.relu(logits - 100))[:, 0])
-    with pytest.raises(
-        ValueError, match=r"query 0 is nan with the weights of snapshot 0; only changes between finite"
-    ):
+    with pytest.raises(ValueError, match=r"query 0 is nan with the weights of snapshot 0; only changes between finite"):
         run.attribute(infinite, by=("query", "layer"))

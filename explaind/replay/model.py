@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -97,17 +96,6 @@ class Forward:
         return (tensor for _, tensor in named_tensors(args))
 
 
-class _Through(nn.Module):
-    """A function of a module as a module, so that it can be called with other parameters."""
-
-    def __init__(self, model: nn.Module, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.model, self._function = model, function
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._function(self.model, *args, **kwargs)
-
-
 def call_function(
     function: Callable[..., Any],
     model: nn.Module,
@@ -120,33 +108,41 @@ def call_function(
     Raises:
         RecordingError: it would be computed again in the backward pass, when the model has its own tensors back.
     """
-    renamed = {f"model.{name}": tensor for name, tensor in _at_every_place(model, tensors).items()}
     own = {parameter.dtype for parameter in model.parameters()}
     used = max((t.dtype for t in tensors.values() if t.is_floating_point()), key=lambda t: t.itemsize, default=None)
     widened = _Widened(used) if used is not None and used not in own else nullcontext()
     try:
-        with torch.autograd.graph.disable_saved_tensors_hooks(_NO_CHECKPOINTS), widened:
-            return functional_call(_Through(model, function), renamed, args, dict(kwargs), tie_weights=False)
+        with torch.autograd.graph.disable_saved_tensors_hooks(_NO_CHECKPOINTS), widened, _exchanged(model, tensors):
+            return function(model, *args, **kwargs)
     except RuntimeError as error:
         if str(error) == _NO_CHECKPOINTS:
             raise RecordingError(_NO_CHECKPOINTS) from None
         raise
 
 
-def _at_every_place(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by every name that the model's own have, where modules share them.
+@contextmanager
+def _exchanged(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put tensors in the place of the model's own inside the block, under every name that these have.
 
-    A module that is used twice is named once: `functional_call`, left to tie weights itself, swaps its tensors twice
-    and puts the wrong ones back.
+    A small call of `torch.func.functional_call` takes several times as long, and of modules that are used twice it puts
+    the wrong tensors back.
     """
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     instead = {id(own[name]): tensor for name, tensor in tensors.items()}
-    return {
-        f"{path}.{name}" if path else name: instead[id(tensor)]
-        for path, module in model.named_modules()
-        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+    before = [
+        (store, name, tensor)
+        for module in model.modules()
+        for store in (vars(module)["_parameters"], vars(module)["_buffers"])
+        for name, tensor in store.items()
         if id(tensor) in instead
-    }
+    ]
+    try:
+        for store, name, tensor in before:
+            store[name] = instead[id(tensor)]
+        yield
+    finally:
+        for store, name, tensor in before:
+            store[name] = tensor
 
 
 class _Widened(TorchFunctionMode):
@@ -192,7 +188,7 @@ def modes(model: nn.Module, training: Iterable[bool] | bool) -> Iterator[None]:
     modules = list(model.modules())
     flags = [training] * len(modules) if isinstance(training, bool) else [bool(flag) for flag in training]
     before = [module.training for module in modules]
-    compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in modules)
+    compiled = any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in modules)
     try:
         for module, flag in zip(modules, flags, strict=True):
             module.training = flag
