@@ -56,9 +56,9 @@ class Plan:
             by_way.setdefault(way, []).append(layer)
         rows = [
             ("time", f"{_time(self.total_seconds)}, estimated from steps {', '.join(map(str, self.sampled))}"),
-            *((f"  {part}", _time(seconds)) for part, seconds in self.seconds.items()),
+            *((f"  {part}", _time(seconds)) for part, seconds in self.seconds.items() if seconds),
             ("operations", _number(sum(self.operations.values()))),
-            *((f"  {part}", _number(number)) for part, number in self.operations.items()),
+            *((f"  {part}", _number(number)) for part, number in self.operations.items() if number),
             ("training batch", f"{self.batch_passes:,} forward and backward passes"),
             ("queries", f"{self.query_values:,} forward passes of all, {self.query_gradients:,} gradients of one"),
             ("memory", f"{_size(self.peak_memory)} at most"),
