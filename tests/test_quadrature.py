@@ -36,6 +36,8 @@ class Scalar:
 
 
 class Slopes:
+    num_bytes = 8
+
     def __init__(self, slopes):
         self.slopes = slopes
 

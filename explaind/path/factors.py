@@ -63,6 +63,11 @@ class Factors(Protocol):
         ...
 
     @property
+    def num_bytes(self) -> int:
+        """What they take in memory."""
+        ...
+
+    @property
     def kind(self) -> Any:
         """What factors must have in common to be joined."""
         ...
@@ -120,6 +125,11 @@ class _Rows:
     def absolute(self) -> Self:
         """See `Factors.absolute`."""
         return self._with({n: t.abs() if t.is_floating_point() else t for n, t in self._tensors.items()})
+
+    @property
+    def num_bytes(self) -> int:
+        """See `Factors.num_bytes`."""
+        return sum(tensor.nbytes for tensor in self._tensors.values())
 
     @property
     def num_rows(self) -> int:

@@ -7,8 +7,6 @@ that is what `adaptive` refines by.
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +31,8 @@ _PASS_QUERIES = 30
 """Queries whose gradients take as long as what every pass through a model takes, however few there are."""
 _MOST_NODES = 1 << 12
 """Of a query and step: gradients that are less exact than their type never reach the tolerance."""
+_WAITING_BYTES = 32 << 20
+"""Of average gradients of sub-intervals that may wait to be divided."""
 _KEPT_PARTS = 32
 """Sub-intervals whose gradients are put together at once."""
 
@@ -42,6 +42,11 @@ class Averages(Protocol):
 
     def products(self, update: Tensor) -> Tensor:
         """Their products with Δ by parameter, float64 `[query, parameter]`."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """What they take in memory."""
         ...
 
     def rounding(self, update: Tensor) -> Tensor:
@@ -217,26 +222,25 @@ class _Integration:
     def over(self, change: tuple[Tensor, Tensor]) -> StepIntegral:
         """The integral over the whole step."""
         every = torch.arange(len(self._tolerance), device=self._start.device)
-        waiting, made = list[tuple[float, int, _Estimate]](), itertools.count()
-
-        def wait(estimate: _Estimate) -> None:
-            # The worst is divided first: of what there is no time for, the error is small.
-            worst = (estimate.error.abs() / self._tolerance[estimate.which]).max()
-            heapq.heappush(waiting, (-float(worst), next(made), estimate))
-
-        wait(self._estimate((0.0, 1.0), every, change, exact=False))
+        waiting = [self._estimate((0.0, 1.0), every, change, exact=False)]
         while waiting:
-            _, _, estimate = heapq.heappop(waiting)
+            estimate = waiting.pop(self._next(waiting))
             counts, noisy = self._judge(estimate)
             for count, chosen in _grouped(counts):
-                for part in self._divide(estimate.of(chosen), count):
-                    wait(part)
+                waiting += self._divide(estimate.of(chosen), count)
             if noisy.any():
                 part = estimate.of(noisy)
-                wait(self._estimate(part.ends, part.which, part.change, exact=True))
+                waiting.append(self._estimate(part.ends, part.which, part.change, exact=True))
         phi = self._function.gathered(self._parts, self._phi)
         assert self._products is not None
         return StepIntegral(phi, self._products, change[1] - change[0] - self._products.sum(dim=1), self._spent)
+
+    def _next(self, waiting: Sequence[_Estimate]) -> int:
+        """The worst, so that of what there are no nodes for the error is small; the last, if too much is in memory."""
+        if sum(estimate.averages.num_bytes for estimate in waiting) > _WAITING_BYTES:
+            return len(waiting) - 1
+        errors = [float((each.error.abs() / self._tolerance[each.which]).max()) for each in waiting]
+        return errors.index(max(errors))
 
     def _estimate(
         self, ends: tuple[float, float], which: Tensor, change: tuple[Tensor, Tensor], *, exact: bool

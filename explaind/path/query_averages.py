@@ -26,6 +26,11 @@ class QueryAverages:
         self._table, self._num_queries = table, num_queries
         self._terms: dict[str, list[tuple[Factors, Tensor]]] = {name: [] for name in table.names}
 
+    @property
+    def num_bytes(self) -> int:
+        """See `explaind.path.integral.Averages.num_bytes`."""
+        return sum(factors.num_bytes for terms in self._terms.values() for factors, _ in terms)
+
     def add(self, name: str, factors: Factors, weights: Tensor) -> None:
         """Add a parameter's rows with weights `[query, row]`."""
         self._terms[name].append((factors, weights))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -122,8 +123,11 @@ class Step:
         self._run.calls(self.index)
 
     def trust(self) -> None:
-        """Take G_s for Σ_k g_{k,s}, which saves a backward pass, if it can come from one call of the model only."""
-        self.is_trusted = self._is_trained_in(self._rows_dtype) and len(self._run.calls(self.index)) == 1
+        """Take G_s for Σ_k g_{k,s}, which saves a backward pass, if it came from one call and was not rescaled."""
+        scales, limits = self._run.gradient_rescaling(self.index)
+        unscaled = all(scale == 1 and limit == math.inf for scale, limit in zip(scales, limits, strict=True))
+        single = len(self._run.calls(self.index)) == 1
+        self.is_trusted = unscaled and single and self._is_trained_in(self._rows_dtype)
 
     def distrust(self) -> None:
         """Replay the batch after all, as the products have shown that G_s is not Σ_k g_{k,s}."""

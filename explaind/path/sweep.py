@@ -113,7 +113,8 @@ class Sweep:
             if index not in self._wanted:
                 self.omitted += sweep.skip(step, adjoint)
                 continue
-            if is_the_examples and isinstance(self._products, FactorProducts):
+            # Only if all of its rows are multiplied can it be seen that they do not add up.
+            if is_the_examples and isinstance(self._products, FactorProducts) and not self._sources.restricted:
                 step.trust()
             terms = sweep.terms(step, adjoint)
             self.omitted += terms.omitted

@@ -119,8 +119,9 @@ class Uses:
         return (found if total is None else found - vectors.reshape(len(vectors), -1) @ total.flatten()).abs()
 
     def noise(self, size: Any) -> Any:
-        """Rounding of sums of numbers of this size together."""
-        return _NOISE * torch.finfo(self.weights.dtype).eps * size
+        """Rounding of sums of numbers of this size together; what is to be trusted must do without."""
+        units = _NOISE if self._row_weights is None else 0
+        return units * torch.finfo(self.weights.dtype).eps * size
 
     @property
     def same(self) -> float:

@@ -132,7 +132,7 @@ class Trial:
         if self._known:
             terms = self._sweep(index).terms(step, adjoint)
             by_factors = isinstance(self._products, FactorProducts) and self._request.steps_axis != "update_step"
-            self._trusts = by_factors and step.is_the_examples
+            self._trusts = by_factors and not self._request.sources.restricted and step.is_the_examples
             self._run.examples_alone = dict(self._known_steps)  # each of them is replayed as if for the first time
             return terms
         return dot(adjoint, step.update, self._request.slices)

@@ -129,10 +129,10 @@ def _exchanged(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None
     """
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     instead = {id(own[name]): tensor for name, tensor in tensors.items()}
-    before = [
+    before: list[tuple[Any, str, Tensor | None]] = [
         (store, name, tensor)
         for module in model.modules()
-        for store in (vars(module)["_parameters"], vars(module)["_buffers"])
+        for store in (module._parameters, module._buffers)
         for name, tensor in store.items()
         if id(tensor) in instead
     ]
