@@ -24,7 +24,7 @@ def recording(size: Size) -> list[dict[str, Any]]:
         (digits(size), 10 * size.recorded_steps),
         (digits(size, full_batch=True), size.recorded_steps),
     )
-    return [record for problem, num_steps in problems for record in _compare(problem, num_steps, size.rounds)]
+    return [record for problem, num_steps in problems for record in _compare(problem, num_steps, size.recording_rounds)]
 
 
 def _compare(problem: Problem, num_steps: int, rounds: int) -> list[dict[str, Any]]:

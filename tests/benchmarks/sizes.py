@@ -23,6 +23,8 @@ class Size:
     """First step of each recorded section of modular addition, ascending."""
     section: int
     """Steps of a section."""
+    recording_rounds: int
+    """How often recorded and unrecorded steps take turns."""
     recorded_steps: int
     """Steps of a block in which recording is timed."""
     num_digits: int
@@ -62,6 +64,7 @@ FULL = Size(
     recipe=paper(),
     phases={"first steps": 0, "step 400": 400, "step 800": 800},
     section=10,
+    recording_rounds=5,
     recorded_steps=40,
     num_digits=1437,
     width=8,
@@ -89,6 +92,7 @@ def toy(folder: Path) -> Size:
         recipe=replace(quick(), modulus=7, num_train=20, width=8, heads=2, hidden=8, max_steps=4),
         phases={"first steps": 0, "step 2": 2},
         section=2,
+        recording_rounds=1,
         recorded_steps=1,
         num_digits=30,
         width=2,
