@@ -23,8 +23,7 @@ __all__ = ["ORDERS", "SAME_ROW", "Order", "Uses"]
 SAME_ROW = {torch.float64: 1e-8, torch.float32: 1e-4}
 """Largest difference of combined rows from what autograd gives, relative to the norm."""
 _NOISE = 64
-"""Rounding of a gradient that is zero in exact numbers, in units of the norm of all."""
-
+"""Rounding of numbers that cancel, in units of their size."""
 _TRUSTED_UNITS = 16
 """Largest difference of the rows' sum from a gradient that is known, in units of the sum's absolute parts."""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from explaind.units import readable_size
+
 __all__ = ["Plan"]
 
 
@@ -61,10 +63,10 @@ class Plan:
             *((f"  {part}", _number(number)) for part, number in self.operations.items() if number),
             ("training batch", f"{self.batch_passes:,} forward and backward passes"),
             ("queries", f"{self.query_values:,} forward passes of all, {self.query_gradients:,} gradients of one"),
-            ("memory", f"{_size(self.peak_memory)} at most"),
-            *((f"  {part}", _size(size)) for part, size in self.memory.items()),
-            ("result", f"{_size(self.bytes_result)} {'in the store' if self.stored else 'in memory'}"),
-            ("read", _size(self.bytes_read)),
+            ("memory", f"{readable_size(self.peak_memory)} at most"),
+            *((f"  {part}", readable_size(size)) for part, size in self.memory.items()),
+            ("result", f"{readable_size(self.bytes_result)} {'in the store' if self.stored else 'in memory'}"),
+            ("read", readable_size(self.bytes_read)),
             *((f"products by {way}", ", ".join(layers)) for way, layers in by_way.items()),
         ]
         width = max(len(name) for name, _ in rows) + 2
@@ -80,11 +82,3 @@ def _time(seconds: float) -> str:
 
 def _number(count: int) -> str:
     return f"{count:.3g} FLOP"
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:,.3g} GB"

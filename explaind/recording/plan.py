@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from explaind.calls import named_tensors
 from explaind.recording.chunks import GrowingArray, encoded_size
 from explaind.store import Commit, StoreReader
+from explaind.units import readable_size
 
 __all__ = ["RecordingPlan", "any_loss", "measure"]
 
@@ -70,9 +71,9 @@ class RecordingPlan:
         parts = sorted(self.bytes_per_step.items(), key=lambda part: -part[1])
         return "\n".join(
             [
-                f"{self.steps:,} steps take {_size(self.total_bytes)} on the disk. Each adds",
-                *(f"{_size(size):>12}  {kind}" for kind, size in parts),
-                f"and there are once {_size(inputs)} for the inputs of {self.examples:,} examples.",
+                f"{self.steps:,} steps take {readable_size(self.total_bytes)} on the disk. Each adds",
+                *(f"{readable_size(size):>12}  {kind}" for kind, size in parts),
+                f"and there are once {readable_size(inputs)} for the inputs of {self.examples:,} examples.",
                 f"A step takes {1e3 * self.step_seconds:.3g} ms, and {1e3 * self.overhead_seconds:.2g} ms more with "
                 "the recording.",
             ]
@@ -190,11 +191,3 @@ def _sizes(store: StoreReader) -> tuple[Counter[str], Counter[str]]:
         else:
             per_step[_KINDS.get(kind, _REST)] += encoded_size(rows) // (_NUM_STEPS + store.is_along(name, "snapshot"))
     return per_step, once
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:,.3g} GB"
