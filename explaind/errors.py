@@ -7,6 +7,7 @@ __all__ = [
     "ModelMismatchError",
     "NonFiniteError",
     "RecordingError",
+    "ReplayWarning",
     "ResultTooLargeError",
     "StoreExistsError",
     "StoreFormatError",
@@ -62,3 +63,7 @@ class VerificationError(ExplaindError, RuntimeError):
 
 class UnattributedWarning(UserWarning):
     """Much of what a decomposition explains came from no recorded example."""
+
+
+class ReplayWarning(UserWarning):
+    """What is replayed of a run differs from its record by rounding, as it was recorded elsewhere."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from explaind.errors import DamagedStoreError, StoreFormatError, UnknownUpdateRuleError
 from explaind.matching import check_model
+from explaind.moments import Moments
 from explaind.optimizers import RULES, UpdateRule
 from explaind.parameters import ParameterTable
 from explaind.recorded_calls import RecordedCalls
 from explaind.recording.fixed import decode_fixed
 from explaind.recording.groups import group_settings
-from explaind.recording.state import StateTypes, read_state
+from explaind.recording.state import StateTypes
 from explaind.store import StoreReader
 
 __all__ = ["Record"]
@@ -29,7 +30,9 @@ __all__ = ["Record"]
 class Record(RecordedCalls):
     """The published steps of a store, and the model that they belong to, if it was given."""
 
-    def __init__(self, path: Path, model: nn.Module | None) -> None:
+    def __init__(
+        self, path: Path, model: nn.Module | None, objective: Callable[[nn.Module, Any], Tensor] | None = None
+    ) -> None:
         store = StoreReader(path)
         attributes, commit = store.attributes, store.commit
         try:
@@ -62,6 +65,11 @@ class Record(RecordedCalls):
         """Names of optimizer state that is neither a number nor a real tensor, or changed its shape."""
         self.state_types: StateTypes = attributes.get("state_types", {})
         """Types and places of the state that does not have the usual ones."""
+        self.snapshot_every: int = attributes.get("snapshot_every", 1)
+        """Number of steps from one stored snapshot of the parameters to the next; those between are replayed."""
+        self._moments = Moments(self, store)
+        self.objective = objective
+        """The per-example losses `objective(model, batch)` that were recorded in place of cotangents, if any."""
         self._model = getattr(model, "_orig_mod", model)  # of a compiled model the one that it was made of
         if model is not None:
             if not isinstance(model, nn.Module):
@@ -113,7 +121,17 @@ class Record(RecordedCalls):
     @property
     def cached_bytes(self) -> int:
         """Most bytes of the record that are kept in memory between reads."""
-        return self._store.cached_bytes
+        return self._store.cached_bytes + self._moments.cached_bytes
+
+    @property
+    def replays_gradients(self) -> bool:
+        """Whether the model is run to know parameters and gradients, as they are not all stored."""
+        return self._moments.replays_gradients
+
+    @property
+    def device_here(self) -> torch.device:
+        """Where the run was trained, or the host if there is no such device."""
+        return self.device if self.device.type == "cpu" or torch.cuda.is_available() else torch.device("cpu")
 
     @contextmanager
     def reads(self) -> Iterator[set[str]]:
@@ -143,19 +161,20 @@ class Record(RecordedCalls):
     def flat_params(self, step: int) -> Tensor:
         """θ_step as one vector `[element]`."""
         self._check_step(step, self.num_steps)
-        return torch.from_numpy(self._store.read("params", step, step + 1)[0])
+        return self._moments.params(step)
 
     def flat_gradient(self, step: int) -> Tensor:
         """G_step as the optimizer saw it, `[element]`."""
         self._check_step(step, self.num_steps - 1)
-        return torch.from_numpy(self._store.read("gradient", step, step + 1)[0])
+        return self._moments.gradient(step)
 
     def state(self, snapshot: int) -> dict[str, dict[str, Tensor]]:
         """The optimizer's state `{parameter: {name: tensor}}` before step `snapshot`, with torch's names.
 
         A parameter has only the entries that it had in the loop.
         """
-        return read_state(self._store, self.table, snapshot, self.state_types)
+        self._check_step(snapshot, self.num_steps)
+        return self._moments.state(snapshot)
 
     def settings(self, step: int, group: int) -> dict[str, Any]:
         """Hyperparameters of a parameter group at a step, with torch's names."""
@@ -181,7 +200,7 @@ class Record(RecordedCalls):
         """Buffers and frozen parameters before step `snapshot`, by name."""
         if not self._fixed_layout:
             return {}
-        return self.fixed_version(int(self._store.read("snapshot_fixed", snapshot, snapshot + 1)[0]))
+        return self.fixed_version(self._moment_fixed(snapshot))
 
     def fixed_version(self, version: int) -> dict[str, Tensor]:
         """A version of the buffers and frozen parameters, by name."""

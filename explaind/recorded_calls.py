@@ -14,33 +14,20 @@ from torch import Tensor
 from explaind.calls import CallKind
 from explaind.parameters import ParameterTable, named_dtype
 from explaind.recording.calls import input_array, output_grad_array
+from explaind.replay.batch import BatchCall
 from explaind.store import StoreReader
 
 __all__ = ["RecordedCall", "RecordedCalls"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecordedCall:
+class RecordedCall(BatchCall):
     """One forward call of a recorded step, as `recording.capture.ForwardCall` saw it."""
 
-    kind: CallKind
-    """What was called, and how."""
-    inputs: dict[str, Tensor]
-    """Its tensors `[row, …]` by name."""
-    output_grads: dict[str, Tensor]
-    """c_{k,s} = ∂L_s/∂f(x_k) of every output that the loss depends on, `[row, …]`; none with an objective."""
     examples: NDArray[np.int64]
     """Example id of every row."""
     rows: slice
     """Where its rows lie among all rows of the run."""
-    training: NDArray[np.bool_]
-    """`module.training` of every module."""
-    rng_state: NDArray[np.uint8]
-    """Random number generators just before it."""
-    reached: frozenset[str]
-    """Names of the parameters whose gradients the cotangents entered, all but those that were frozen in that pass."""
-    fixed_version: int
-    """Version of the buffers and frozen parameters just before it."""
     output_fingerprint: NDArray[np.float64]
     """Norm and sum of its output, `[2]`."""
 
@@ -155,8 +142,12 @@ class RecordedCalls:
     def _call_fixed(self, index: int) -> int:
         if self._store.has("call_fixed"):
             return int(self._store.read("call_fixed", index, index + 1)[0])
-        step = int(self._call_steps[index])
-        return int(self._store.read("snapshot_fixed", step, step + 1)[0])
+        return self._moment_fixed(int(self._call_steps[index]))
+
+    def _moment_fixed(self, step: int) -> int:
+        """Version of the buffers and frozen parameters before a step."""
+        name = "moment_fixed" if self._store.has("moment_fixed") else "snapshot_fixed"  # until format 2
+        return int(self._store.read(name, step, step + 1)[0])
 
     @cached_property
     def _call_kinds(self) -> NDArray[np.int64]:

@@ -12,7 +12,7 @@ different sizes do not bear out is no rescaling.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,11 +43,17 @@ class Rescaling:
         cls, table: ParameterTable, scale: Sequence[float], limit: Sequence[float], before: Tensor, now: Tensor
     ) -> Rescaling:
         """From one s and c per parameter; those that are NaN are found from g `before` and G `now`, `[element]`."""
-        unknown = [parameter for parameter, known in zip(table, scale, strict=True) if math.isnan(known)]
+        unknown = [parameter for parameter, s in zip(table, scale, strict=True) if math.isnan(s)]
         found = find_rescaling(unknown, before, now)
-        pairs = {p.name: pair for p, *pair in zip(table, scale, limit, strict=True)} | found
-        scales, limits = zip(*(pairs[name] for name in table.names), strict=True)
-        return cls(scale=table.expand(scales).to(before.device), limit=table.expand(limits).to(before.device))
+        known = {p.name: (s, c) for p, s, c in zip(table, scale, limit, strict=True)}
+        rescaling = cls.of_pairs(table, known | found)
+        return cls(scale=rescaling.scale.to(before.device), limit=rescaling.limit.to(before.device))
+
+    @classmethod
+    def of_pairs(cls, table: ParameterTable, pairs: Mapping[str, tuple[float, float]]) -> Rescaling:
+        """From the pair (s, c) of each parameter that was rescaled, by name."""
+        scales, limits = zip(*(pairs.get(name, (1.0, math.inf)) for name in table.names), strict=True)
+        return cls(scale=table.expand(scales), limit=table.expand(limits))
 
     def apply(self, gradient: Tensor) -> Tensor:
         """G of g, float64 `[element]`.
@@ -58,6 +64,10 @@ class Rescaling:
         tensor([ 0.5000, -1.0000,  0.0000], dtype=torch.float64)
         """
         return (self.scale * gradient.to(torch.float64)).clamp(-self.limit, self.limit)
+
+    def rounded(self, table: ParameterTable, gradient: Tensor) -> Tensor:
+        """G of g `[element]` in the types that it was computed in, as a vector of the table's."""
+        return table.flatten(table.unflatten(self.apply(gradient), trained_dtype=True))
 
     def factor(self, gradient: Tensor) -> Tensor:
         """G / g entry by entry, float64 `[element]`; s where g is zero."""

@@ -55,9 +55,7 @@ class Run(Record):
     def __init__(
         self, path: Path, model: nn.Module | None, objective: Callable[[nn.Module, Any], Tensor] | None = None
     ) -> None:
-        super().__init__(path, model)
-        self.objective = objective
-        """The per-example losses `objective(model, batch)` that were recorded in place of cotangents, if any."""
+        super().__init__(path, model, objective)
         self.layers = default_layers(self.table.names)
         self.examples_alone: dict[int, bool] = {}
         """Of the steps that were replayed to tell, whether the gradient is its examples', with nothing else in it."""

@@ -25,8 +25,8 @@ from explaind.errors import DamagedStoreError, StoreExistsError, StoreFormatErro
 
 __all__ = ["COMMIT_FILE", "FORMAT_VERSION", "Commit", "StoreReader", "aside", "check_free", "free_path", "is_published"]
 
-FORMAT_VERSION = 2
-_READABLE_VERSIONS = (1, 2)
+FORMAT_VERSION = 3
+_READABLE_VERSIONS = (1, 2, 3)
 """Version of the on-disk format, counted apart from the package's."""
 
 COMMIT_FILE = "commit.json"
@@ -47,8 +47,9 @@ class Commit:
 
     @property
     def num_steps(self) -> int:
-        """S, the number of whole steps: those of which the parameters before and after are there."""
-        return max(0, min(self.lengths.get("step", 0), self.lengths.get("snapshot", 0) - 1))
+        """S, the number of whole steps: those of which it is known what was before and after them."""
+        moments = self.lengths.get("moment", self.lengths.get("snapshot", 0))  # one snapshot each, until format 2
+        return max(0, min(self.lengths.get("step", 0), moments - 1))
 
     def write(self, store: Path) -> None:
         """Publish atomically: write beside the old file, then rename over it."""
@@ -143,9 +144,9 @@ class StoreReader:
         """Whether the store has this array."""
         return name in self.commit.arrays
 
-    def is_along(self, name: str, dimension: str) -> bool:
-        """Whether an array grows along this dimension."""
-        return _dims(self._open(name))[0] == dimension
+    def has_along(self, name: str, dimension: str) -> bool:
+        """Whether there is an array, and it grows along this dimension."""
+        return self.has(name) and _dims(self._open(name))[0] == dimension
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Rows `start:stop` of an array; without `stop`, up to the last published one."""

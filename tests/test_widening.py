@@ -74,9 +74,10 @@ def test_a_run_that_was_opened_before_says_that_it_was_replaced(tmp_path):
     with explaind.trace(model, optimizer, tmp_path / "run") as recorder:
         train(model, optimizer, recorder.batches, at_epoch=look)
     assert early[0].num_steps == 2
-    for read in (early[0].params, early[0].update, early[0].fixed, early[0].state, early[0].example_grads):
+    run = early[0]
+    for read, step in ((run.params, 0), (run.update, 0), (run.fixed, 0), (run.state, 1), (run.example_grads, 0)):
         with pytest.raises(StoreFormatError, match="has been replaced since it was opened"):
-            read(0)
+            read(step)
 
 
 def test_a_long_store_is_widened_in_blocks(tmp_path, monkeypatch):

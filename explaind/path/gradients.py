@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +13,11 @@ from torch import Tensor
 
 from explaind.calls import fingerprint_output, named_tensors
 from explaind.errors import ModelMismatchError
-from explaind.parameters import named_dtype
 from explaind.path.uses import Uses
 from explaind.recorded_calls import RecordedCall
+from explaind.replay.batch import cotangents, passed_forward
 from explaind.replay.call import Replay
-from explaind.replay.model import Forward, cast, dense, modes, restored_rng
+from explaind.replay.model import Forward, cast, dense
 from explaind.rescaling import Rescaling
 from explaind.run import Run
 
@@ -102,41 +101,31 @@ def replay_step(
             weighted in the one backward pass, and their gradients must add up to this; the gradient is not given.
     """
     if device is None:
-        device = run.device if run.device.type == "cpu" or torch.cuda.is_available() else torch.device("cpu")
+        device = run.device_here
 
-    def load(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        copies = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
-        return copies if dtype is None else cast(copies, dtype, device)
-
-    params = {name: tensor.requires_grad_() for name, tensor in load(run.params(step)).items()}
+    trained = {name: tensor.to(device, copy=True) for name, tensor in run.params(step).items()}
+    params = {n: t.requires_grad_() for n, t in (trained if dtype is None else cast(trained, dtype, device)).items()}
     uses = list[Uses]()
     for call in run.calls(step) if calls is None else calls:
-        forward = run_forward(run, call)
-        with modes(run.model, call.training.tolist()), restored_rng(call.rng_state, device), torch.enable_grad():
-            with _autocast(call, device if dtype is None else None):
-                reachable = {n: p if n in call.reached else p.detach() for n, p in params.items()}
-                tensors = load(run.fixed_version(call.fixed_version)) | reachable
-                output = forward.raw(tensors, load(call.inputs))
-                if dtype is None and call.kind.part is not None:
-                    _check_output(step, call, output)
-                outputs = rows = forward.named(output)
-                if call.kind.part is None:
-                    outputs = {"": forward.scalar(outputs, {})}
-            known = call.output_grads
-            cotangents: Sequence[Tensor | None]
-            cotangents = [known[name].to(out) if name in known else None for name, out in outputs.items()]
+        forward, fixed = run_forward(run, call), run.fixed_version(call.fixed_version)
+        with passed_forward(forward, call, params, fixed, device, dtype) as output:
+            if dtype is None and call.kind.part is not None:
+                _check_output(step, call, output)
+            rows = forward.named(output)
+            outputs = forward.loss_terms(rows)
+            back: Sequence[Tensor | None] = cotangents(outputs, call.output_grads)
             if not watched:
-                torch.autograd.backward(list(outputs.values()), cotangents)
+                torch.autograd.backward(list(outputs.values()), back)
                 continue
             if trusted is not None:
-                weights, cotangents = _weighted(rows, params, call.output_grads, seed=(step, 0))
+                weights, back = _weighted(rows, params, call.output_grads, seed=(step, 0))
                 uses.append(Uses(list(rows.values()), params, row_weights=weights))
                 uses[-1].expect(torch.ones_like(weights), trusted)
             else:
                 weights, combined = combined_rows(rows, params, call.output_grads, seed=(step, len(uses)))
                 uses.append(Uses(list(outputs.values()), params))
                 uses[-1].expect(weights, combined)
-            uses[-1].backward(cotangents)
+            uses[-1].backward(back)
     updated = dict(zip(run.table.names, run.updated[step], strict=True))
     gradients = {name: param.grad for name, param in params.items() if updated[name] and param.grad is not None}
     flat = run.table.flatten({name: dense(gradient) for name, gradient in gradients.items()}, dtype)
@@ -183,13 +172,6 @@ def _weighted(
 def recorded_rescaling(run: Run, step: int, gradient: Tensor) -> Rescaling:
     """What the loop did to the backward pass's gradient `[element]`, as recorded, or as found from the replayed one."""
     return Rescaling.of(run.table, *run.gradient_rescaling(step), gradient, run.flat_gradient(step).to(gradient.device))
-
-
-def _autocast(call: RecordedCall, device: torch.device | None) -> AbstractContextManager[Any]:
-    """Autocast as it was in the loop, where a device to replay it on is given."""
-    if device is None or call.kind.autocast is None:
-        return nullcontext()
-    return torch.autocast(device.type, dtype=named_dtype(call.kind.autocast))
 
 
 def _check_output(step: int, call: RecordedCall, output: Any) -> None:

@@ -10,8 +10,17 @@ from explaind.path.step import Step
 __all__ = ["read_ahead"]
 
 
-def read_ahead(steps: Iterable[int], make: Callable[[int], Step]) -> Iterator[Step]:
-    """Make the steps in turn, each read from the store while the one before it is worked on."""
+def read_ahead(steps: Iterable[int], make: Callable[[int], Step], *, alone: bool) -> Iterator[Step]:
+    """Make the steps in turn, each read from the store while the one before it is worked on.
+
+    Args:
+        steps: which.
+        make: makes one.
+        alone: reading takes the model, so that nothing else may be done meanwhile.
+    """
+    if alone:
+        yield from map(make, steps)
+        return
 
     def read(index: int) -> Step:
         step = make(index)

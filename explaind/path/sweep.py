@@ -134,7 +134,9 @@ class Sweep:
         )
         # The adjoints of averages are known from the last to the first.
         held = {step.index: adjoint for step, adjoint in self._wanted_backward()} if self._path.averaged else {}
-        for step in read_ahead(self._bar(range(self._run.num_steps), "steps"), self._step):
+        for step in read_ahead(
+            self._bar(range(self._run.num_steps), "steps"), self._step, alone=self._run.replays_gradients
+        ):
             index = step.index
             if index in self._wanted:
                 terms = sweep.terms(step, held.pop(index) if self._path.averaged else self._adjoint(step))
@@ -176,7 +178,9 @@ class Sweep:
         for index in set(range(last + 1)).difference(needed):
             # The path integral over a whole segment is just the difference of two predictions.
             self.omitted += self.values[:, index + 1] - self.values[:, index]
-        for step in read_ahead(self._bar(sorted(needed, reverse=True), "steps"), self._step):
+        for step in read_ahead(
+            self._bar(sorted(needed, reverse=True), "steps"), self._step, alone=self._run.replays_gradients
+        ):
             adjoint = self._adjoint(step)
             if step.index == first:
                 self.omitted += dot(adjoint, self._path.lead(step), [[slice(None)]])[:, 0]

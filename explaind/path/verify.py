@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.optim import Adagrad, SparseAdam
 from tqdm import tqdm
 
 from explaind.errors import VerificationError
 from explaind.optimizers.sparse_adam import touched_rows
 from explaind.path.gradients import batch_gradient, recorded_rescaling
-from explaind.recording.state import state_in_loop
 from explaind.replay.model import sparse_weights
+from explaind.replay.updates import UpdateReplay
 from explaind.run import Run
 
 __all__ = ["VerifyReport", "verify"]
@@ -77,9 +75,7 @@ def verify(run: Run, *, progress: bool = False) -> VerifyReport:
     exact_gradients = exact_updates = 0
     gradient_difference = update_difference = 0.0
     first: str | None = None
-    classes = [_torch_optimizer(name) for name in run.group_optimizers]
-    known = [found for found in classes if found is not None]
-    replayable = len(known) == len(classes) and not run.unrecorded_state
+    updates = None if run.unrecorded_state else UpdateReplay.of(run.table, run.group_optimizers, run.device_here)
     for step in tqdm(range(run.num_steps), desc="verify", unit="step", disable=None if progress else True):
         recorded = run.flat_gradient(step)
         replayed = batch_gradient(run, step)
@@ -89,10 +85,10 @@ def verify(run: Run, *, progress: bool = False) -> VerifyReport:
             exact_gradients += 1
         elif first is None:
             first = f"the gradient of {_first_difference(run, replayed, recorded)} at step {step}"
-        if not replayable:
+        if updates is None:
             continue
         target = run.flat_params(step + 1)
-        reached = _replay_update(run, step, known)
+        reached = _replay_update(run, step, updates)
         difference = _relative(reached - target, target)
         update_difference = max(update_difference, difference)
         if torch.equal(reached, target):
@@ -108,56 +104,28 @@ def verify(run: Run, *, progress: bool = False) -> VerifyReport:
     return VerifyReport(
         num_steps=run.num_steps,
         exact_gradients=exact_gradients,
-        exact_updates=exact_updates if replayable else None,
+        exact_updates=None if updates is None else exact_updates,
         first_inexact=first,
         largest_gradient_difference=gradient_difference,
         largest_update_difference=update_difference,
     )
 
 
-def _torch_optimizer(name: str) -> type[torch.optim.Optimizer] | None:
-    """The class of this name if torch.optim has it: a store cannot make us import anything else."""
-    found = getattr(torch.optim, name.rpartition(".")[2], None)
-    is_it = isinstance(found, type) and f"{found.__module__}.{found.__qualname__}" == name
-    return found if is_it else None
-
-
-def _replay_update(run: Run, step: int, classes: Sequence[type[torch.optim.Optimizer]]) -> Tensor:
-    """θ_{step+1} as torch's optimizers make it from the recorded θ, state, settings and gradient.
-
-    Args:
-        run: the run.
-        step: which step.
-        classes: the optimizer class of each parameter group.
-    """
-    params = {
-        name: tensor.to(run.device if torch.cuda.is_available() else "cpu", copy=True).requires_grad_()
-        for name, tensor in run.params(step).items()
-    }
-    gradients = run.table.unflatten(run.flat_gradient(step), trained_dtype=True)
+def _replay_update(run: Run, step: int, replay: UpdateReplay) -> Tensor:
+    """θ_{step+1} as torch's optimizers make it from the recorded θ, state, settings and gradient."""
+    settings = [run.settings(step, group) for group in range(run.num_groups)]
     state, sparse = run.state(step), sparse_weights(run.model)
-    for optimizer_class in dict.fromkeys(classes):
-        own = [(number, p) for number, p in enumerate(run.table) if classes[p.group] is optimizer_class]
-        groups = [
-            {"params": [params[p.name] for _, p in own if p.group == group], **run.settings(step, group)}
-            for group in range(run.num_groups)
-            if classes[group] is optimizer_class
-        ]
-        optimizer: torch.optim.Optimizer = optimizer_class(groups)  # type: ignore[call-arg]
-        for number, p in own:
-            if run.updated[step, number]:
-                tensor = params[p.name]
-                gradient = gradients[p.name]
-                if optimizer_class is SparseAdam or (optimizer_class is Adagrad and p.name in sparse):
-                    rows = touched_rows(gradient, state[p.name], run.state(step + 1)[p.name]).any(dim=1).nonzero()
-                    gradient = torch.sparse_coo_tensor(
-                        rows.T, gradient[rows[:, 0]], gradient.shape, is_coalesced=True, check_invariants=True
-                    )
-                tensor.grad = gradient.to(tensor.device, copy=True)
-                for key, value in state[p.name].items():
-                    optimizer.state[tensor][key] = state_in_loop(value, key, p.name, run.state_types, tensor.device)
-        optimizer.step()
-    return run.table.flatten(params).cpu()
+    gradients = run.table.unflatten(run.flat_gradient(step), trained_dtype=True)
+    gradients = {name: gradients[name] for name, has in zip(gradients, run.updated[step], strict=True) if has}
+    for name, gradient in gradients.items():
+        if replay.needs_sparse(name) or (replay.may_be_sparse(name) and name in sparse):
+            rows = touched_rows(gradient, state[name], run.state(step + 1)[name]).any(dim=1).nonzero()
+            gradients[name] = torch.sparse_coo_tensor(
+                rows.T, gradient[rows[:, 0]], gradient.shape, is_coalesced=True, check_invariants=True
+            )
+    replay.load(run.flat_params(step), state, run.state_types, settings)
+    replay.step(gradients, settings)
+    return replay.params
 
 
 def _relative(difference: Tensor, reference: Tensor) -> float:

@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from explaind.calls import CallKind
 from explaind.errors import RecordingError
+from explaind.parameters import named_dtype
+from explaind.replay.batch import BatchCall
 
 __all__ = ["ForwardCall", "check_rows"]
 
@@ -61,6 +64,18 @@ class ForwardCall:
     def num_rows(self) -> int:
         """Number of examples."""
         return len(next(iter(self.inputs.values())))
+
+    def recorded(self, parameters: Sequence[str]) -> BatchCall:
+        """The call as a reader of the record gets it; `parameters` names all that are recorded."""
+        return BatchCall(
+            kind=self.kind,
+            inputs={n: torch.from_numpy(rows).to(named_dtype(self.input_dtypes[n])) for n, rows in self.inputs.items()},
+            output_grads=self.output_grads,
+            training=self.training,
+            rng_state=self.rng_state,
+            reached=frozenset(parameters) if self.reached is None else self.reached,
+            fixed_version=self.fixed_version,
+        )
 
     def first_changed(self, parameters: Mapping[str, Tensor]) -> str | None:
         """Name of the first of the model's parameters that has been changed since, if one has."""

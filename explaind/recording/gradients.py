@@ -15,7 +15,7 @@ from explaind.errors import NonFiniteError
 from explaind.parameters import ParameterTable
 from explaind.recording.memory import CopyMemory
 from explaind.replay.model import dense
-from explaind.rescaling import find_rescaling
+from explaind.rescaling import Rescaling, find_rescaling
 
 __all__ = ["Arrivals", "all_finite", "first_nonfinite", "skipped_by_scaler", "unscaled"]
 
@@ -59,6 +59,8 @@ class Arrivals:
 
     def __init__(self, tracked: Mapping[str, nn.Parameter], table: ParameterTable) -> None:
         self.widen(tracked, table)
+        self.is_exact = True
+        """Whether the last gradients are, bit for bit, what the backward pass had left, rescaled as was found."""
         self._memory = CopyMemory()
         self._coming: list[set[str]] = []
         self._seen: list[tuple[set[str], Tensor]] = []
@@ -113,7 +115,8 @@ class Arrivals:
             for parameter in self._table:
                 if parameter.name in names & present:
                     before[parameter.slice] = earlier[parameter.slice]
-        if not np.array_equal(before.numpy(), flat.numpy()):  # five times as fast as torch.equal
+        self.is_exact = np.array_equal(before.numpy(), flat.numpy())  # five times as fast as torch.equal
+        if not self.is_exact:
             visible = [parameter for parameter in self._table if parameter.name in seen - self._hidden]
             if bad := first_nonfinite({parameter.name: before[parameter.slice] for parameter in visible}):
                 raise NonFiniteError(
@@ -122,7 +125,13 @@ class Arrivals:
                 )
             found |= find_rescaling(visible, before, flat, limits=sorted(self._limits))
             self._limits |= {limit for _, limit in found.values() if limit < math.inf}
-        return found | dict.fromkeys(present & self._hidden | present - seen, (math.nan, math.nan))
+            if len(before) == len(flat):  # else parameters were added since
+                rescaled = Rescaling.of_pairs(self._table, found).rounded(self._table, before)
+                own = [parameter.slice for parameter in self._table if parameter.name in present]
+                self.is_exact = all(np.array_equal(rescaled[part].numpy(), flat[part].numpy()) for part in own)
+        unknown = present & self._hidden | present - seen
+        self.is_exact &= not unknown
+        return found | dict.fromkeys(unknown, (math.nan, math.nan))
 
     def forget(self, names: Iterable[str]) -> None:
         """These gradients have been used."""

@@ -81,6 +81,11 @@ class GroupHistory:
             self._last_settings, self._last_values = settings, rows.copy()
         return rows
 
+    def settings(self, values: NDArray[np.float64]) -> list[dict[str, Any]]:
+        """The settings of all groups with the numbers `[group, hyperparameter]`, as a reader gets them."""
+        every = range(self.num_groups)
+        return [group_settings(self.constants, self.keys, self.types, values, group) for group in every]
+
     def _settings(self) -> list[dict[str, Any]]:
         return [{k: v for k, v in group.items() if k != "params"} for group in self._optimizers.param_groups]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,12 @@ from explaind.recording.ownership import GroupMembers, owning_groups, tracked_pa
 from explaind.recording.passes import BackwardPasses
 from explaind.recording.replays import StepReplays
 from explaind.recording.steps import StepRows
+from explaind.rescaling import Rescaling
 
 __all__ = ["TracedLoop"]
+
+_CHECKED_STEPS = 2
+"""Of the first steps, all gradients are replayed to see whether a reader can do that; later those of some steps."""
 
 
 class TracedLoop:
@@ -46,6 +51,7 @@ class TracedLoop:
         names: knows the examples of the batches.
         objective: what stands for the model's calls, if anything.
         stores_example_grads: whether per-example gradients are written down.
+        snapshot_every: number of steps from one stored moment to the next.
         metadata: the user's notes.
     """
 
@@ -59,6 +65,7 @@ class TracedLoop:
         names: ExampleNames,
         objective: Callable[[nn.Module, Any], Tensor] | None,
         stores_example_grads: bool,
+        snapshot_every: int,
         metadata: dict[str, Any],
     ) -> None:
         self._model, self._called, self._optimizers, self._path = model, called, optimizers, path
@@ -77,12 +84,14 @@ class TracedLoop:
             self._table,
             names=names,
             example_grads=self._example_grads if stores_example_grads else None,
+            snapshot_every=snapshot_every,
             metadata=metadata,
         )
         """What is written of the steps."""
         self._replays = StepReplays(
             model, self._tracked, self._table, objective=objective, fixed_tensors=self.rows.fixed_tensors
         )
+        self._snapshot_every, self._keeps_gradients = snapshot_every, False
         self._stepping = False
         self._stepped: set[Optimizer] = set()
         self._watched: set[str] = set()
@@ -233,11 +242,42 @@ class TracedLoop:
             self.rows.add_calls(calls)
             self._step_loss, self._loss = self._loss, math.nan
         self.rows.add_gradients(gradients, gradient, rescaling)
+        if self._snapshot_every > 1:
+            self._decide_what_to_keep(
+                calls, gradients, gradient, rescaling, is_checked=first and self._is_checked(step)
+            )
         self._stepping = True
         if self._objective is not None and step == 0 and calls:
             with self._capture.paused():
                 self._replays.check_objective(calls, gradients, rescaling, step)
         self._arrivals.forget(gradients)
+
+    def _is_checked(self, step: int) -> bool:
+        return step < _CHECKED_STEPS or step % self._snapshot_every == 0
+
+    def _decide_what_to_keep(
+        self,
+        calls: Sequence[ForwardCall],
+        gradients: Mapping[str, Tensor | None],
+        flat: Tensor,
+        rescaling: Mapping[str, tuple[float, float]],
+        *,
+        is_checked: bool,
+    ) -> None:
+        """Have the gradient stored if a reader could not replay it."""
+        if is_checked and not self._keeps_gradients:
+            found = Rescaling.of_pairs(self._table, rescaling)
+            with self._capture.paused():
+                self._keeps_gradients = not self._replays.reproduce(calls, gradients, flat, found)
+            if self._keeps_gradients:
+                warnings.warn(
+                    f"the gradient of step {self.rows.num_steps} is not, bit for bit, what the recorded forward calls "
+                    "give when they are made again: the loss has a term that is not computed from the model's outputs, "
+                    "gradients are edited, or the computation is not deterministic. From here on gradients are stored, "
+                    f"about {flat.nbytes / 2**20:.2g} MiB per step; snapshot_every saves the rest.",
+                    stacklevel=2,
+                )
+        self.rows.keeps_gradients |= self._keeps_gradients or not self._arrivals.is_exact
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if skipped_by_scaler(optimizer):

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from explaind.calls import named_tensors
 from explaind.recording.chunks import GrowingArray, encoded_size
+from explaind.recording.snapshots import STATE_EVERY
 from explaind.store import Commit, StoreReader
 from explaind.units import readable_size
 
@@ -107,7 +108,7 @@ def measure(
         store = Path(directory) / "run.zarr"
         plain = _make_steps(model, optimizers, None, loss)
         traced = _make_steps(model, optimizers, partial(record, store), loss)
-        per_step, once = _sizes(StoreReader(store))
+        per_step, once = _sizes(StoreReader(store), steps)
         num_inputs = Commit.read(store).lengths["input"]
         seconds_per_byte = _writing_speed(Path(directory) / "speed.zarr")
     inputs = once.pop(_INPUTS)
@@ -178,16 +179,24 @@ def any_loss(output: Any) -> Tensor:
     return torch.stack(terms).sum()
 
 
-def _sizes(store: StoreReader) -> tuple[Counter[str], Counter[str]]:
-    """Bytes that each step has added, and those that came once, by kind of array."""
+def _sizes(store: StoreReader, steps: int) -> tuple[Counter[str], Counter[str]]:
+    """Bytes that each of so many steps will add, and those that come once, by kind of array."""
     per_step: Counter[str] = Counter()
     once = Counter({_REST: sum(file.stat().st_size for file in store.path.rglob("*.json"))})
+    every = store.attributes["snapshot_every"]
+    stored = {"snapshot": every, "state_snapshot": every if every > 1 else STATE_EVERY}
     for name in store.commit.arrays:
         rows, kind = store.read(name), name.split("/")[0]
+        between = next((number for along, number in stored.items() if store.has_along(name, along)), 1)
         if kind.startswith("inputs"):
             once[_INPUTS] += encoded_size(rows)
         elif kind == "fixed" and len(rows) < _NUM_STEPS:
             once[_KINDS[kind]] += encoded_size(rows)
+        elif between > 1 and len(rows) < _NUM_STEPS:
+            # The last moment is stored too; of the first there is no state yet, or an empty one.
+            num_rows = len(range(0, steps, between)) + store.has_along(name, "snapshot")
+            per_step[_KINDS.get(kind, _REST)] += encoded_size(rows[-1:]) * num_rows // steps
         else:
-            per_step[_KINDS.get(kind, _REST)] += encoded_size(rows) // (_NUM_STEPS + store.is_along(name, "snapshot"))
+            whole = _NUM_STEPS + any(store.has_along(name, along) for along in ("moment", "snapshot", "state_snapshot"))
+            per_step[_KINDS.get(kind, _REST)] += encoded_size(rows) // whole
     return per_step, once

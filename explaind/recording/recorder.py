@@ -29,6 +29,7 @@ def trace(
     optimizer: Optimizer | Sequence[Optimizer],
     store: str | Path | None = None,
     *,
+    snapshot_every: int = 1,
     example_grads: Literal["replayed", "stored"] = "replayed",
     objective: Callable[[nn.Module, Any], Tensor] | None = None,
     overwrite: bool = False,
@@ -47,6 +48,10 @@ def trace(
             as `[muon, adamw]`, make one step together: a round in which each steps at most once. Frozen parameters
             may be added to them as groups while they train.
         store: directory of the zarr store to write; by default the first free `storage/run-N.zarr`.
+        snapshot_every: store the parameters before every K-th step only, and with them the optimizer's state. The
+            steps between are replayed when they are read, which takes a forward and a backward pass each and gives the
+            same numbers; gradients are not stored, unless they cannot be replayed. 1 stores the parameters and
+            gradients of all steps.
         example_grads: `"replayed"` recomputes per-example gradients from the record when they are needed;
             `"stored"` writes them down, at `num_rows · D` numbers per step.
         objective: `objective(model, batch)` returns the losses of a batch's examples, `[example]` or
@@ -60,7 +65,8 @@ def trace(
 
     Raises:
         TypeError: `model` is no module, or `optimizer` is no optimizer, nor several; or they cannot be traced.
-        ValueError: the optimizer's parameters are not those of the model.
+        ValueError: the optimizer's parameters are not those of the model, or its updates cannot be replayed although
+            `snapshot_every` asks for it.
         StoreExistsError: something is at `store` already.
 
     Example:
@@ -76,6 +82,8 @@ def trace(
     """
     if example_grads not in ("replayed", "stored"):
         raise ValueError(f"example_grads must be 'replayed' or 'stored', got {example_grads!r}")
+    if isinstance(snapshot_every, bool) or not isinstance(snapshot_every, int) or snapshot_every < 1:
+        raise ValueError(f"snapshot_every must be a whole number of steps, at least 1; got {snapshot_every!r}.")
     try:
         json.dumps(metadata)
     except TypeError as error:
@@ -85,6 +93,7 @@ def trace(
         model,
         optimizer,
         path,
+        snapshot_every=snapshot_every,
         example_grads=example_grads,
         objective=objective,
         overwrite=overwrite,
@@ -101,6 +110,7 @@ class Recorder:
         optimizer: Optimizer | Sequence[Optimizer],
         path: Path,
         *,
+        snapshot_every: int,
         example_grads: Literal["replayed", "stored"],
         objective: Callable[[nn.Module, Any], Tensor] | None,
         overwrite: bool,
@@ -114,6 +124,7 @@ class Recorder:
         """Directory of the store."""
         self._model, self._optimizers, self._objective = model, optimizers, objective
         self._options: dict[str, Any] = {
+            "snapshot_every": snapshot_every,
             "example_grads": example_grads,
             "objective": objective,
             "overwrite": False,
@@ -130,6 +141,7 @@ class Recorder:
             names=self._names,
             objective=objective,
             stores_example_grads=example_grads == "stored",
+            snapshot_every=snapshot_every,
             metadata=metadata,
         )
         self._rows = self._loop.rows

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from explaind.errors import RecordingError
 from explaind.parameters import ParameterTable
 from explaind.recording.forwards import ForwardCall
-from explaind.recording.host import to_numpy
+from explaind.recording.host import same_bits, to_numpy
+from explaind.replay.batch import accumulate
 from explaind.replay.call import SAME_GRADIENT, Replay
-from explaind.replay.model import Forward, cast
+from explaind.replay.model import Forward, cast, dense
 from explaind.rescaling import Rescaling
 
 __all__ = ["StepReplays"]
@@ -95,6 +96,27 @@ class StepReplays:
             f"the objective's sum does not have the gradient of step {step}: ‖difference‖ / ‖gradient‖ = "
             f"{difference / max(size, 1e-300):.2g}. {hint}"
         )
+
+    def reproduce(
+        self, calls: Sequence[ForwardCall], gradients: Mapping[str, Tensor | None], flat: Tensor, rescaling: Rescaling
+    ) -> bool:
+        """Whether a reader will get the step's gradient from the record of its calls, bit for bit.
+
+        Args:
+            calls: all calls of the step.
+            gradients: what an optimizer is about to use, by parameter.
+            flat: the same, `[element]`.
+            rescaling: how the loop rescaled them since the backward pass.
+        """
+        params = {name: p.detach().clone().requires_grad_() for name, p in self._tracked.items()}
+        device = next(iter(params.values())).device
+        for call in calls:
+            recorded = call.recorded(self._table.names)
+            forward = Forward(self._model, recorded.kind, self._objective)
+            accumulate(forward, recorded, params, self._fixed_tensors(call.fixed_version), device)
+        own = {n: dense(p.grad) for n, p in params.items() if gradients.get(n) is not None and p.grad is not None}
+        replayed = rescaling.rounded(self._table, self._table.flatten(own))
+        return same_bits(replayed.numpy(), flat.numpy())
 
     def _replay(self, call: ForwardCall) -> Replay:
         dtype, device = self._table.dtype, next(iter(self._tracked.values())).device

@@ -1,4 +1,4 @@
-"""The optimizer's state, snapshot by snapshot: written by `StateHistory`, read by `read_state`.
+"""The optimizer's state at some moments: taken down by `StateHistory`, written by `StateRows`, read by `read_state`.
 
 A tensor of its parameter's shape is part of a row with an entry per element. A number, or a tensor without axes, is
 part of a row with an entry per parameter. A tensor of any other shape, such as a factored moment, has its own array.
@@ -6,7 +6,7 @@ part of a row with an entry per parameter. A tensor of any other shape, such as 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from operator import is_not
 from typing import Any
@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from explaind.parameters import Parameter, ParameterTable, named_dtype
-from explaind.recording.host import to_numpy
+from explaind.recording.host import same_bits, to_numpy
 from explaind.recording.memory import CopyMemory
 from explaind.recording.optimizers import Optimizers
 from explaind.recording.writer import Rows
 from explaind.store import StoreReader
 
-__all__ = ["StateHistory", "StateTypes", "read_state", "state_in_loop"]
+__all__ = ["StateHistory", "StateRows", "StateSnapshot", "StateTypes", "read_state", "state_in_loop"]
 
 StateTypes = Mapping[str, Mapping[str, list[str]]]
 """`{state: {parameter: [type, place]}}` of what differs from `_usual`; the place is `"python"` for plain numbers."""
@@ -53,8 +53,53 @@ class _Found:
     present: dict[str, list[int]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, eq=False)
+class StateSnapshot:
+    """The optimizer's state at one moment, as rows of the store's arrays."""
+
+    rows: Mapping[str, NDArray[Any]]
+    """A row `[1, …]` of every array that there is state for."""
+    arrays: Mapping[str, _Array]
+    """All arrays that there has been state for so far."""
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes in memory."""
+        return sum(row.nbytes for row in self.rows.values())
+
+    def same_bits(self, other: StateSnapshot) -> bool:
+        """Whether both are the same, bit for bit."""
+        return self.rows.keys() == other.rows.keys() and all(
+            row.dtype == other.rows[name].dtype and same_bits(row, other.rows[name]) for name, row in self.rows.items()
+        )
+
+    def decoded(self, table: ParameterTable, types: StateTypes) -> dict[str, dict[str, Tensor]]:
+        """The state as `read_state` gives it."""
+        keys = sorted(name.removeprefix("state_present/") for name in self.rows if name.startswith("state_present/"))
+        return _decode(keys, lambda name: self.rows[name][0] if name in self.rows else None, table, types)
+
+
+class StateRows:
+    """Rows of snapshots for the store, in which each array has one for every snapshot that is written."""
+
+    def __init__(self) -> None:
+        self._begun = set[str]()
+        self._num_written = 0
+
+    def __call__(self, snapshot: StateSnapshot) -> list[Rows]:
+        """The rows of a snapshot; what there has been no state for so far gets those of the earlier ones too."""
+        rows: list[Rows] = []
+        for name, array in snapshot.arrays.items():
+            if name not in self._begun and self._num_written:  # The optimizer has made this state since.
+                rows.append((name, array.rows(self._num_written), array.dims))
+            self._begun.add(name)
+            rows.append((name, snapshot.rows.get(name, array.rows(1)), array.dims))
+        self._num_written += 1
+        return rows
+
+
 class StateHistory:
-    """Takes down `optimizer.state` at every snapshot; what is neither a number nor a real tensor is only named.
+    """Takes down `optimizer.state`; what is neither a number nor a real tensor is only named.
 
     Args:
         optimizers: whose state.
@@ -80,10 +125,19 @@ class StateHistory:
         self._values: list[Any] = []
         self._found = _Found()
         self._memory = CopyMemory()
-        self._num_snapshots = 0
 
-    def rows(self) -> list[Rows]:
-        """A row of every array; a parameter without this state is zero in it, or NaN among numbers."""
+    @property
+    def types(self) -> StateTypes:
+        """Types and places of the state that does not have the usual ones."""
+        return self._types
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing had to be left out so far."""
+        return not self._left_out
+
+    def take(self) -> StateSnapshot:
+        """The state of this moment; a parameter without some of it is zero there, or NaN among numbers."""
         states, size = self._optimizers.state, len(self._table)
         every = [states.get(tensor, {}) for tensor in self._tracked.values()]
         values = [value for entries in every for value in entries.values()]
@@ -95,15 +149,12 @@ class StateHistory:
                     if value is not None:
                         self._sort(self._found, place, key, value)
         found = self._found
-        rows: list[Rows] = []
         now: dict[str, NDArray[Any]] = {}
 
         def put(name: str, row: NDArray[Any], *dims: str, empty: float = 0) -> None:
             now[name] = row[None]
             if name not in self._arrays:
-                self._arrays[name] = _Array(row.shape, row.dtype, empty, ("snapshot", *dims))
-                if self._num_snapshots:  # The optimizer made this state just now.
-                    rows.append((name, self._arrays[name].rows(self._num_snapshots), self._arrays[name].dims))
+                self._arrays = {**self._arrays, name: _Array(row.shape, row.dtype, empty, ("state_snapshot", *dims))}
 
         for key, tensors in found.elements.items():
             row = self._memory.empty((self._table.num_elements,), self._table.dtype)
@@ -119,8 +170,7 @@ class StateHistory:
             has = np.zeros(size, np.bool_)
             has[places] = True
             put(f"state_present/{key}", has, "parameter")
-        self._num_snapshots += 1
-        return rows + [(name, now.get(name, array.rows(1)), array.dims) for name, array in self._arrays.items()]
+        return StateSnapshot(now, self._arrays)
 
     def _sort(self, found: _Found, place: int, key: str, value: Any) -> None:
         """Find out how an entry is written, and remember it for entries that look the same."""
@@ -150,11 +200,11 @@ class StateHistory:
         self._tracked, self._table = tracked, table
         self._values, self._found = [], _Found()
         self._wide = to_numpy(torch.empty(0, dtype=table.dtype)).dtype
-        for name, array in self._arrays.items():
-            if array.dims[-1] == "element":
-                self._arrays[name] = replace(array, shape=(table.num_elements,), dtype=self._wide)
-            elif array.dims[-1] == "parameter":
-                self._arrays[name] = replace(array, shape=(len(table),))
+        wide = {
+            "element": {"shape": (table.num_elements,), "dtype": self._wide},
+            "parameter": {"shape": (len(table),)},
+        }
+        self._arrays = {name: replace(a, **wide.get(a.dims[-1], {})) for name, a in self._arrays.items()}  # type: ignore[arg-type]
 
     def _kind(self, parameter: Parameter, value: Any) -> tuple[str, tuple[int, ...]] | None:
         """How an entry is written, and its shape; None if it cannot be."""
@@ -198,18 +248,25 @@ def _usual(parameter: Parameter, ndim: int, device: str) -> list[str]:
 
 
 def read_state(
-    store: StoreReader, table: ParameterTable, snapshot: int, types: StateTypes
+    store: StoreReader, table: ParameterTable, place: int, types: StateTypes
 ) -> dict[str, dict[str, Tensor]]:
-    """The state `{parameter: {name: tensor}}` before step `snapshot`, in the loop's types, on the host.
+    """The state `{parameter: {name: tensor}}` that is stored at a place, in the loop's types, on the host.
 
     A parameter has only the entries that it had in the loop; a number is a tensor without axes.
     """
 
     def row(name: str) -> NDArray[Any] | None:
-        return store.read(name, snapshot, snapshot + 1)[0] if store.has(name) else None
+        return store.read(name, place, place + 1)[0] if store.has(name) else None
 
+    return _decode(store.names("state_present"), row, table, types)
+
+
+def _decode(
+    keys: Iterable[str], row: Callable[[str], NDArray[Any] | None], table: ParameterTable, types: StateTypes
+) -> dict[str, dict[str, Tensor]]:
+    """State from its rows by array."""
     state: dict[str, dict[str, Tensor]] = {name: {} for name in table.names}
-    for key in store.names("state_present"):
+    for key in keys:
         present, elements, numbers = (row(f"{kind}/{key}") for kind in ("state_present", "state", "state_scalar"))
         assert present is not None
         for place in np.flatnonzero(present):

@@ -20,12 +20,16 @@ from explaind.recording.fixed import FixedTensors, module_types
 from explaind.recording.forwards import ForwardCall
 from explaind.recording.gradients import all_finite
 from explaind.recording.groups import GroupHistory
+from explaind.recording.host import machine
 from explaind.recording.naming import ExampleNames
 from explaind.recording.optimizers import Optimizers
 from explaind.recording.repeated import Repeated, among
+from explaind.recording.snapshots import Moment, MomentRows, Update, gradient_rows
 from explaind.recording.state import StateHistory
 from explaind.recording.widening import Widening
 from explaind.recording.writer import Later, Rows, StoreWriter
+from explaind.replay.model import sparse_weights
+from explaind.replay.updates import UpdateReplay
 
 __all__ = ["StepRows"]
 
@@ -43,6 +47,7 @@ class StepRows:
         table: their order.
         names: gives the rows' example ids.
         example_grads: computes the per-example gradients of a call, `[row, element]`; None if they are not stored.
+        snapshot_every: number of steps from one stored moment to the next.
         metadata: the user's notes.
     """
 
@@ -56,14 +61,19 @@ class StepRows:
         *,
         names: ExampleNames,
         example_grads: Callable[[ForwardCall], NDArray[Any]] | None,
+        snapshot_every: int,
         metadata: dict[str, Any],
     ) -> None:
         self.num_steps = 0
         """Number of finished steps."""
         self.unfinished = False
         """Whether a step has begun that the optimizer has not finished."""
+        self.keeps_gradients = False
+        """Whether the gradient of the step in progress is stored although its moment may not be."""
         self._path, self._optimizers, self._tracked, self._table = path, optimizers, tracked, table
-        self._names, self._example_grads = names, example_grads
+        self._names, self._example_grads, self._snapshot_every = names, example_grads, snapshot_every
+        self._model = model
+        self._update: Update | None = None
         self._groups = GroupHistory(optimizers)
         self._fixed = FixedTensors(model, tracked)
         self._has_gradient = Repeated(among)
@@ -76,9 +86,18 @@ class StepRows:
             "optimizer": optimizers.name,
             "example_grads": "replayed" if example_grads is None else "stored",
             "device": str(next(iter(tracked.values())).device),
+            "snapshot_every": snapshot_every,
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
+            "machine": machine(),
+            "threads": torch.get_num_threads(),
             "metadata": metadata,
         }
+        if snapshot_every > 1 and self._update_replay() is None:
+            raise ValueError(
+                f"snapshot_every={snapshot_every} needs optimizers whose updates can be replayed: those of "
+                f"torch.optim, with dense gradients. This run has {optimizers.name}"
+                f"{' and sparse gradients' if sparse_weights(model) else ''}; record it with snapshot_every=1."
+            )
 
     def _layout(self, table: ParameterTable, groups: GroupHistory, fixed: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The attributes that say what each element, parameter, group and byte is."""
@@ -101,7 +120,14 @@ class StepRows:
             describe=self._writer.set_attributes,
         )
         self._state = StateHistory(self._optimizers, self._tracked, self._table, self._writer.set_attributes)
-        self._next_state = self._state.rows()
+        self._moments = MomentRows(
+            self._table,
+            self._groups,
+            every=self._snapshot_every,
+            replay=self._update_replay(),
+            types=lambda: self._state.types,
+        )
+        self._next_state = self._state.take()
         self._writer.flush()
         self._writer.wait()
 
@@ -118,8 +144,6 @@ class StepRows:
         """
         widening = Widening(old=self._table, new=table, fixed=self._fixed.layout)
         groups = self._groups.widened(places)
-        self._writer.add(*self._next_state)
-        self._next_state = []
         self._writer.flush()
         self._writer.wait()
         changes = widening.changes(self._writer.dims, self._writer.read_row)
@@ -129,6 +153,15 @@ class StepRows:
         self._tracked, self._table, self._groups = tracked, table, groups
         self._fixed.release(tracked, widening.without_new)
         self._state.widen(tracked, table)
+        self._moments.widen(table, groups, self._update_replay())
+        self._next_state, self._update = self._state.take(), None
+
+    def _update_replay(self) -> UpdateReplay | None:
+        """Makes updates again, if that can be done with what is recorded."""
+        if sparse_weights(self._model):
+            return None
+        device = next(iter(self._tracked.values())).device
+        return UpdateReplay.of(self._table, self._optimizers.group_classes, device)
 
     def begin(self, params: Tensor) -> None:
         """Take down θ_s, the parameters `[element]` that the step starts from.
@@ -144,8 +177,9 @@ class StepRows:
             self._last_flush = time.monotonic()
             self._flush_seconds = min(2 * self._flush_seconds, _FLUSH_SECONDS)
         self.unfinished = True
-        self._add_snapshot(params)
+        self._add_moment(params, self._groups.values())
         self._held: list[Rows | Later] = []
+        self.keeps_gradients = False
         self._gradient: Tensor | None = None
         self._updated: set[str] = set()
         self._rescaling = dict.fromkeys(self._table.names, (1.0, math.inf))
@@ -183,13 +217,19 @@ class StepRows:
         """The optimizers have made the step: it counts, and their new state is written."""
         assert self._gradient is not None
         scale, limit = self._scale_and_limit(self._rescaling)
-        self._hold_one("gradient", self._gradient.numpy(), ("step", "element"))
-        self._hold_one("updated", self._has_gradient((self._table.names, self._updated)), _PER_PARAMETER)
+        gradient, updated = self._gradient.numpy(), self._has_gradient((self._table.names, self._updated))
+        if self._snapshot_every == 1:
+            self._hold_one("gradient", gradient, ("step", "element"))
+        elif self.keeps_gradients:
+            self._held += gradient_rows(self.num_steps, gradient)
+        self._hold_one("updated", updated, _PER_PARAMETER)
         self._hold_one("gradient_scale", scale, _PER_PARAMETER)
         self._hold_one("gradient_limit", limit, _PER_PARAMETER)
         self._hold_one("hyperparameters", self._hyperparameters, ("step", "group", "hyperparameter"))
         self._hold_one("loss", np.float64(loss), ("step",))
-        self._next_state = self._state.rows()
+        self._next_state = self._state.take()
+        is_kept = self._snapshot_every == 1 or self.keeps_gradients
+        self._update = Update(gradient, updated, self._hyperparameters, is_kept)
         self._writer.add(*self._held)
         self._fixed.forget()
         self.unfinished = False
@@ -203,13 +243,14 @@ class StepRows:
         """
         # A step that was not finished is no step: the parameters before it are written already.
         if not self.unfinished and all_finite(params := self._table.flatten(self._tracked)):
-            self._add_snapshot(params)
+            self._add_moment(params, None)
         self._writer.close()
 
-    def _add_snapshot(self, params: Tensor) -> None:
+    def _add_moment(self, params: Tensor, hyperparameters: NDArray[np.float64] | None) -> None:
         version = np.array([self.fixed_version()], dtype=np.int64)
-        params_row = ("params", params.numpy()[None], ("snapshot", "element"))
-        self._writer.add(params_row, ("snapshot_fixed", version, ("snapshot",)), *self._next_state)
+        moment = Moment(self.num_steps, params.numpy(), self._next_state, self._update, hyperparameters)
+        rows = Later(lambda: self._moments(moment), moment.num_bytes)
+        self._writer.add(("moment_fixed", version, ("moment",)), rows)
 
     def fixed_version(self) -> int:
         """Number of the present version of the buffers and frozen parameters, which is written if it is a new one."""

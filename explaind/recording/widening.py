@@ -19,7 +19,7 @@ __all__ = ["RowChange", "Widening"]
 RowChange = Callable[[NDArray[Any], int], NDArray[Any]]
 """The new rows of an array in place of old ones, which begin at an index."""
 
-_UNTOUCHED: Mapping[str, float] = {"gradient_scale": 1.0, "gradient_limit": np.inf}
+_UNTOUCHED: Mapping[str, float] = {"gradient_scale": 1.0, "gradient_limit": np.inf, "digest": -1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class Widening:
 
         def frozen(snapshot: int) -> Tensor:
             nonlocal last
-            version = int(read("snapshot_fixed", snapshot))
+            version = int(read("moment_fixed", int(read("snapshot_step", snapshot))))
             if last is None or last[0] != version:
                 tensors = decode_fixed(list(self.fixed), read("fixed", version))
                 last = version, self.new.flatten(tensors)[self.old.num_elements :]

@@ -47,7 +47,9 @@ class Forward:
     def __init__(
         self, model: nn.Module, kind: CallKind, objective: Callable[[nn.Module, Any], Tensor] | None = None
     ) -> None:
-        self._model, self._kind, self._objective = model, kind, objective
+        self.model = model
+        """The module."""
+        self._kind, self._objective = kind, objective
 
     def __call__(self, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The output tensors by name; of an objective the per-example losses, named `""`.
@@ -60,12 +62,16 @@ class Forward:
 
     def raw(self, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Any:
         """The output as the function returns it."""
-        return call_function(self._function, self._model, tensors, *rebuild(self._kind.template, inputs))
+        return call_function(self._function, self.model, tensors, *rebuild(self._kind.template, inputs))
 
     def named(self, output: Any) -> dict[str, Tensor]:
         """The output's tensors that cotangents are known for."""
         found = dict(named_tensors(output))
         return found if self._kind.part is None else {name: found[name] for name in self._kind.outputs}
+
+    def loss_terms(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the backward pass of the batch starts from: the outputs, or the sum of an objective's losses."""
+        return dict(outputs) if self._kind.part is not None else {"": self.scalar(outputs, {})}
 
     def scalar(self, outputs: Mapping[str, Tensor], output_grads: Mapping[str, Tensor]) -> Tensor:
         """Σ ⟨c, f⟩ over all outputs, whose gradient is that of the loss; an objective's losses count by themselves."""

@@ -59,7 +59,7 @@ three layers on random data, the last one not trained. `python -m tests.benchmar
 """
 
 _EXPLANATIONS = {
-    "examples": "time: a forward row, a backward row and a product each; memory: they are taken in blocks",
+    "examples": "time: a forward row, a backward row and a product each; memory: activations of the batch",
     "steps": "time: all steps cost the same; memory: one step at a time, with the query's values along the path",
     "parameters": "time and memory: products, and vectors that go from step to step, have an entry for each",
     "queries": "time: a gradient and a product each; memory: an average gradient and an adjoint each",
