@@ -9,6 +9,7 @@ from torch.optim import AdamW
 import explaind
 from explaind import decomposition, memory
 from explaind.errors import ResultTooLargeError
+from explaind.path import queries
 from explaind.path.sweep import Sweep
 from explaind.request import check_request
 from tests.benchmarks.timing import in_own_process, peak_memory
@@ -157,6 +158,7 @@ def test_what_is_used_is_what_was_estimated_and_stays_within_the_budget(tmp_path
 def measured_mean(path, budget):
     """Peak of a mean over many inputs, and what every step and layer did to it."""
     torch.set_num_threads(1)
+    queries._HOST_BYTES = budget
     run = explaind.open_run(path, model=kinked_network())
     torch.manual_seed(1)
     number, arguments = 20_000, {"by": BY, "quadrature": explaind.quadrature.adaptive(max_depth=1)}

@@ -57,8 +57,11 @@ class _Intercept(TorchFunctionMode):
 
 
 @contextmanager
-def watched() -> Iterator[dict[str, Tensor]]:
+def watched(dtype: torch.dtype | None = None) -> Iterator[dict[str, Tensor]]:
     """Collect the arguments of the kinked functions that are computed in the block.
+
+    Args:
+        dtype: type to keep them in; by default their own.
 
     Yields:
         The arguments by place and function, as in `"0 relu"`: a dict of tensors that vmap can return and take.
@@ -67,7 +70,8 @@ def watched() -> Iterator[dict[str, Tensor]]:
 
     def note(name: str, call: Callable[[], Any], kinked: Kinked) -> Any:
         # A copy, as the model may go on to change its own in place.
-        seen[f"{len(seen)} {name}"] = kinked.argument.detach().clone()
+        argument = kinked.argument.detach()
+        seen[f"{len(seen)} {name}"] = argument.to(dtype or argument.dtype, copy=True)
         return call()
 
     with _Intercept(note):

@@ -22,13 +22,14 @@ from explaind.path.separation import input_bytes, row_orders
 from explaind.path.uses import Uses
 from explaind.quadrature import FixedRule
 from explaind.query import Query
-from explaind.replay.model import cast
 from explaind.run import Run
 
 __all__ = ["QueryFunction"]
 
 _GRAPHS = 2
 """How often the activations of a forward pass are kept: as they are, and the gradients that came back to them."""
+_HOST_BYTES = 64 << 20
+"""Of inputs that are evaluated at once on the host, where larger blocks leave the caches and take longer."""
 
 
 class QueryFunction:
@@ -69,7 +70,8 @@ class QueryFunction:
         self._input_bytes = input_bytes(self._inputs, trained) if self._inputs.by_row else None
         self._block = query.num_inputs
         if self._input_bytes is not None:
-            self._block = max(1, memory.for_inputs // (_GRAPHS * self._input_bytes))
+            fitting = memory.for_inputs if device.type != "cpu" else min(memory.for_inputs, _HOST_BYTES)
+            self._block = max(1, fitting // (_GRAPHS * self._input_bytes))
         blocks, by_block, self._kink_bytes = self._every.split(self._block), list[Tensor](), 0
         for rows in blocks:
             with torch.no_grad(), watched() as kinks:
@@ -148,10 +150,10 @@ class QueryFunction:
         members, weights = self._members(which)
         params, scalars = start + position * update, list[Tensor]()
         for rows in members.split(self._block):
-            with torch.no_grad(), watched() if self.remembered_bytes else nullcontext() as seen:
+            with torch.no_grad(), watched(self._dtype) if self.remembered_bytes else nullcontext() as seen:
                 scalars.append(self._inputs.scalars(params, rows))
             if seen is not None:
-                self._kinks.put(start, update, position, rows, cast(seen, self._dtype, self._device))
+                self._kinks.put(start, update, position, rows, seen)
         return weights @ torch.cat(scalars)
 
     def averages(
