@@ -1,23 +1,18 @@
 """How much memory a decomposition works in.
 
 Counted are the arrays whose sizes depend on what is asked: for every query its vectors of the parameters' size, the
-activations of its inputs, and the terms of a step; and once the activations of a training batch, the vectors of a step
-and what is kept of the record. What operations need inside of themselves comes on top.
+activations of as many of its inputs as are evaluated at once, and the terms of a step; and once the activations of a
+training batch, the vectors of a step and what is kept of the record. What operations need inside of themselves comes
+on top.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
-
-import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from explaind.ledger import term_sizes
 from explaind.path.budget import WorkingSet
+from explaind.path.footprint import made_bytes
 from explaind.path.gradients import call_replay
 from explaind.request import Request
 from explaind.stream import CHUNK_BYTES, chunk_sizes
@@ -59,8 +54,10 @@ def working_set(request: Request) -> WorkingSet:
     }
     if request.out is not None:
         fixed["blocks to be written"] = 2 * CHUNK_BYTES
-    inputs = {"inputs of queries": _GRAPHS * _query_activations(request)}
-    if request.function.separate:
+    if request.function.kinked:
+        fixed["arguments of kinks"] = request.function.remembered_bytes
+    inputs = {"inputs of queries": request.function.working_bytes}
+    if request.function.separate and not request.function.is_blocked:
         return WorkingSet(fixed, own | inputs, trial)
     return WorkingSet(fixed | inputs, own, trial)
 
@@ -76,43 +73,11 @@ def queries_at_once(request: Request, memory: WorkingSet) -> int:
     return fitting // chunk * chunk
 
 
-def _query_activations(request: Request) -> int:
-    """Bytes that a forward pass of one query's inputs makes."""
-    first, params = request.function.part(slice(0, 1)), request.run.flat_params(request.run.num_steps)
-    made = _made(partial(first.at, params.to(request.device, torch.float64)))
-    return made * request.dtype.itemsize // torch.float64.itemsize
-
-
 def _batch_activations(request: Request) -> int:
     """Bytes that a forward pass of the largest batch makes."""
     run, largest = request.run, 0
     for step, number in run.call_samples():
         replay = call_replay(run, step, run.calls(step)[number], dtype=request.dtype, device=request.device)
         with replay.conditions():
-            largest = max(largest, _made(partial(replay.outputs, replay.params)))
+            largest = max(largest, made_bytes(partial(replay.outputs, replay.params)))
     return largest
-
-
-def _made(work: Callable[[], object]) -> int:
-    """Bytes of all tensors that operations make, without gradients."""
-    made = _Made()
-    with torch.no_grad(), made:
-        work()
-    return made.num_bytes
-
-
-class _Made(TorchDispatchMode):
-    """Adds up the sizes of results that are no views of arguments."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.num_bytes = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        new = (x for x in tree_leaves(result) if isinstance(x, Tensor))
-        self.num_bytes += sum(x.nbytes for x in new if x.untyped_storage().data_ptr() not in given)
-        return result

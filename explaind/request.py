@@ -145,7 +145,9 @@ def check_request(
         layers=names,
         slices=slices,
         num_tokens=count_tokens(run) if "token" in axes else None,
-        function=QueryFunction(run, query, fixed=fixed, combined="query" not in axes, dtype=dtype, device=place),
+        function=QueryFunction(
+            run, query, fixed=fixed, combined="query" not in axes, dtype=dtype, device=place, memory=budget
+        ),
         average=average,
         rule=rule,
         tolerance=tolerance,

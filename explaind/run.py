@@ -178,7 +178,7 @@ class Run(Record):
                 reads them when they are used. It has that name once it is whole.
             memory: bytes that the computation may work in beside the result, by default a quarter of what is free. If
                 that does not hold all queries, they are computed in several sweeps over the run, a part in each;
-                `run.plan` says how many. What a mean over many inputs takes grows with their number.
+                `run.plan` says how many. Inputs that do not depend on each other are evaluated in blocks that fit.
             progress: show a progress bar.
 
         Returns:

@@ -9,6 +9,7 @@ from torch.optim import AdamW
 import explaind
 from explaind import decomposition, memory
 from explaind.errors import ResultTooLargeError
+from explaind.path import queries
 from explaind.path.sweep import Sweep
 from explaind.request import check_request
 from tests.benchmarks.timing import in_own_process, peak_memory
@@ -114,8 +115,12 @@ def network():
     return nn.Sequential(*layers)
 
 
-def recorded(path, steps):
-    model = network()
+def kinked_network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 10))
+
+
+def recorded(path, steps, model):
     optimizer = AdamW(model.parameters(), lr=1e-3)
     inputs, labels = torch.randn(ROWS, 64), torch.arange(ROWS) % 10
     with explaind.trace(model, optimizer, path) as recorder:
@@ -140,7 +145,7 @@ def measured(path, num_queries, budget):
 
 def test_what_is_used_is_what_was_estimated_and_stays_within_the_budget(tmp_path):
     path, budget = tmp_path / "run.zarr", 200 << 20
-    recorded(path, 3)
+    recorded(path, 3, network())
     used, estimated, at_once = in_own_process(measured, path, 64, None)
     assert at_once == 64
     assert estimated / 1.5 < used < 1.5 * estimated
@@ -148,3 +153,26 @@ def test_what_is_used_is_what_was_estimated_and_stays_within_the_budget(tmp_path
     used, estimated, at_once = in_own_process(measured, path, 64, budget)
     assert at_once < 64
     assert estimated / 1.5 < used < 1.2 * budget
+
+
+def measured_mean(path, budget):
+    """Peak of a mean over many inputs, and what every step and layer did to it."""
+    torch.set_num_threads(1)
+    queries._HOST_BYTES = budget
+    run = explaind.open_run(path, model=kinked_network())
+    torch.manual_seed(1)
+    number, arguments = 20_000, {"by": BY, "quadrature": explaind.quadrature.adaptive(max_depth=1)}
+    asked = explaind.Query(torch.randn(number, 64), output=explaind.outputs.log_prob(torch.arange(number) % 10))
+    run.attribute(explaind.Query(torch.randn(2, 64), output=explaind.outputs.logit([0, 1])).mean(), **arguments)
+    above, result = peak_memory(lambda: run.attribute(asked.mean(), memory=budget, **arguments))
+    return above - result.dataset.nbytes, result.dataset.load()
+
+
+def test_a_mean_over_many_inputs_stays_within_the_budget(tmp_path):
+    path, budget = tmp_path / "run.zarr", 200 << 20
+    recorded(path, 2, kinked_network())
+    unblocked, expected = in_own_process(measured_mean, path, 32 << 30)
+    blocked, found = in_own_process(measured_mean, path, budget)
+    assert unblocked > 2 * budget
+    assert blocked < budget
+    xr.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)

@@ -15,6 +15,7 @@ from explaind.errors import ResultTooLargeError
 __all__ = ["Budget", "WorkingSet", "check_memory"]
 
 _PART_OF_FREE = 4
+_PART_FOR_INPUTS = 16
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,11 @@ class Budget:
     """By which the queries are divided."""
     most: int
     """That a single query may use."""
+
+    @property
+    def for_inputs(self) -> int:
+        """That inputs which are evaluated at once may use, and so much again for what is remembered of them."""
+        return self.wanted // _PART_FOR_INPUTS
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class WorkingSet:
             raise ResultTooLargeError(
                 f"a single query works in {single / 2**20:,.0f} MiB, memory= allows {budget.most / 2**20:,.0f} MiB. It "
                 f"needs {parts}, and before that {self.before / 2**20:,.0f} MiB to choose how products are made. Allow "
-                "more, or ask for fewer axes, examples or (of a mean) inputs."
+                "more, or ask for fewer axes or examples."
             )
         fitting = max(1, (budget.wanted - sum(self.fixed.values())) // max(1, sum(self.per_query.values())))
         sweeps = -(-num_queries // fitting)

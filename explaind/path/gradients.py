@@ -125,7 +125,7 @@ def replay_step(
                 weights, combined = combined_rows(rows, params, call.output_grads, seed=(step, len(uses)))
                 uses.append(Uses(list(outputs.values()), params))
                 uses[-1].expect(weights, combined)
-            uses[-1].backward(back)
+            uses[-1].backward(back, leaves=trusted is None)
     updated = dict(zip(run.table.names, run.updated[step], strict=True))
     gradients = {name: param.grad for name, param in params.items() if updated[name] and param.grad is not None}
     flat = run.table.flatten({name: dense(gradient) for name, gradient in gradients.items()}, dtype)

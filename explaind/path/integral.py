@@ -33,8 +33,8 @@ _MOST_NODES = 1 << 12
 """Of a query and step: gradients that are less exact than their type never reach the tolerance."""
 _WAITING_BYTES = 32 << 20
 """Of average gradients of sub-intervals that may wait to be divided."""
-_KEPT_PARTS = 32
-"""Sub-intervals whose gradients are put together at once."""
+_KEPT_PARTS, _KEPT_BYTES = 32, 64 << 20
+"""Most sub-intervals whose gradients are put together at once, and most of their average gradients."""
 
 
 class Averages(Protocol):
@@ -318,5 +318,6 @@ class _Integration:
             self._products = products.new_zeros(len(self._tolerance), products.shape[1])
         self._products.index_add_(0, which, products)
         self._parts.append(Part(estimate.averages, estimate.entries, which, weight))
-        if len(self._parts) == _KEPT_PARTS:
+        kept = sum(part.averages.num_bytes for part in self._parts)
+        if len(self._parts) == _KEPT_PARTS or kept > _KEPT_BYTES:
             self._phi, self._parts = self._function.gathered(self._parts, self._phi), []

@@ -22,14 +22,14 @@ from torch.overrides import TorchFunctionMode
 from explaind.path.integral import PARTS
 from explaind.path.slopes import KINKED, Kinked
 
-__all__ = ["Kinks", "KnownKinks", "averaged", "watched"]
+__all__ = ["KNOWN_POINTS", "Kinks", "KnownKinks", "averaged", "watched"]
 
 Kinks = Mapping[str, Tensor]
 """What `watched` collects."""
 
 _NAMES = {"axis": "dim", "keepdims": "keepdim"}
 """NumPy's names of arguments, which torch knows too."""
-_KNOWN_POINTS = max(PARTS) + 1
+KNOWN_POINTS = max(PARTS) + 1
 """A sub-interval's ends, and the cuts between its parts."""
 
 
@@ -57,8 +57,11 @@ class _Intercept(TorchFunctionMode):
 
 
 @contextmanager
-def watched() -> Iterator[dict[str, Tensor]]:
+def watched(dtype: torch.dtype | None = None) -> Iterator[dict[str, Tensor]]:
     """Collect the arguments of the kinked functions that are computed in the block.
+
+    Args:
+        dtype: type to keep them in; by default their own.
 
     Yields:
         The arguments by place and function, as in `"0 relu"`: a dict of tensors that vmap can return and take.
@@ -67,7 +70,8 @@ def watched() -> Iterator[dict[str, Tensor]]:
 
     def note(name: str, call: Callable[[], Any], kinked: Kinked) -> Any:
         # A copy, as the model may go on to change its own in place.
-        seen[f"{len(seen)} {name}"] = kinked.argument.detach().clone()
+        argument = kinked.argument.detach()
+        seen[f"{len(seen)} {name}"] = argument.to(dtype or argument.dtype, copy=True)
         return call()
 
     with _Intercept(note):
@@ -122,27 +126,26 @@ class KnownKinks:
 
     def __init__(self) -> None:
         self._start = self._update = torch.empty(0)
-        self._known = list[tuple[float, Tensor, Kinks]]()
+        self._known: dict[float, list[tuple[Tensor, Kinks]]] = {}
 
     def get(self, start: Tensor, update: Tensor, position: float, rows: Tensor) -> Kinks | None:
         """What is known of some inputs at a point."""
         self._enter(start, update)
-        for known, those, kinks in self._known:
-            if known == position and torch.equal(those, rows):
-                return kinks
-        return None
+        return next((kinks for those, kinks in self._known.get(position, ()) if torch.equal(those, rows)), None)
 
     def put(self, start: Tensor, update: Tensor, position: float, rows: Tensor, kinks: Kinks) -> None:
         """Remember some inputs at a point."""
         self._enter(start, update)
-        self._known = [*self._known[1 - _KNOWN_POINTS :], (position, rows, kinks)]
+        self._known.setdefault(position, []).append((rows, kinks))
+        if len(self._known) > KNOWN_POINTS:
+            del self._known[next(iter(self._known))]
 
     def _enter(self, start: Tensor, update: Tensor) -> None:
         if start is self._start and update is self._update:
             return
         # The sweep goes from the last segment to the first.
         shared = len(start) == len(self._start) and torch.equal(start + update, self._start)
-        self._known = [(1.0, rows, kinks) for position, rows, kinks in self._known if shared and position == 0]
+        self._known = {1.0: self._known[0.0]} if shared and 0.0 in self._known else {}
         self._start, self._update = start, update
 
 

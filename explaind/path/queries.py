@@ -3,39 +3,41 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad, vmap
 
-from explaind.calls import rebuild
-from explaind.errors import ExplaindError
-from explaind.outputs import Output
+from explaind.path.budget import Budget
 from explaind.path.factors import Summed
-from explaind.path.gradients import combined_rows
+from explaind.path.footprint import made_bytes
+from explaind.path.inputs import QueryInputs
 from explaind.path.integral import Part
-from explaind.path.kinks import Kinks, KnownKinks, averaged, watched
+from explaind.path.kinks import KNOWN_POINTS, Kinks, KnownKinks, averaged, watched
 from explaind.path.query_averages import QueryAverages, add_parts
-from explaind.path.query_calls import query_call
-from explaind.path.uses import Order, Uses
+from explaind.path.separation import input_bytes, row_orders
+from explaind.path.uses import Uses
 from explaind.quadrature import FixedRule
 from explaind.query import Query
-from explaind.replay.model import call_function, cast, modes, vectorizable
 from explaind.run import Run
 
 __all__ = ["QueryFunction"]
 
-_NUM_PROBES = 4
+_GRAPHS = 2
+"""How often the activations of a forward pass are kept: as they are, and the gradients that came back to them."""
+_HOST_BYTES = 64 << 20
+"""Of inputs that are evaluated at once on the host, where larger blocks leave the caches and take longer."""
 
 
 class QueryFunction:
     """q_j(θ) = Σ_i w_{ji} · output(f(x_i; θ))_i, evaluated in eval mode.
 
-    Queries that depend on their own inputs only are differentiated by one backward pass for all of them, and each
-    one's gradient is put together from what it brings to the rows (`explaind.path.uses`).
+    Inputs that do not depend on each other are evaluated in blocks that fit in memory. Queries whose inputs fit in one
+    are differentiated by one backward pass for all of them, and each one's gradient is put together from what it
+    brings to the rows (`explaind.path.uses`); that of a query of more inputs is the sum over their blocks.
 
     Args:
         run: gives the model and the layout of θ.
@@ -44,6 +46,7 @@ class QueryFunction:
         combined: sum all queries into one.
         dtype: type of the gradients; values are always float64.
         device: where to compute.
+        memory: what the blocks are to fit in.
 
     Raises:
         ValueError: the inputs are not those the model was called with, or the output does not fit the model's.
@@ -58,22 +61,23 @@ class QueryFunction:
         combined: bool,
         dtype: torch.dtype,
         device: torch.device,
+        memory: Budget,
     ) -> None:
-        self._run, self._output, self._dtype, self._device = run, query.output, dtype, device
-        self._function, self._template = query_call(run, query)
-        self._inputs = {d: cast(query.arguments, d, device) for d in {dtype, torch.float64}}
-        self._fixed = {d: cast(fixed, d, device) for d in {dtype, torch.float64}}
+        self._run, self._dtype, self._device, self._memory = run, dtype, device, memory
+        self._inputs = QueryInputs(run, query, fixed=fixed, dtypes={dtype, torch.float64}, device=device)
         self._every = torch.arange(query.num_inputs, device=device)
-        self.separate = isinstance(self._output, Output)
-        """Whether every query is evaluated from its own inputs alone, else all inputs as one batch."""
-        if isinstance(self._output, Output):
-            self._targets = self._output.targets_for(query.num_inputs).to(device)
         trained = run.flat_params(run.num_steps).to(device=device, dtype=torch.float64)
-        with torch.no_grad(), watched() as kinked:
-            scalars = self._scalars(trained, self._every, checked=True)
-        if not isinstance(scalars, Tensor) or scalars.ndim != 1:
-            shape = tuple(scalars.shape) if isinstance(scalars, Tensor) else type(scalars).__name__
-            raise ValueError(f"the query's output must give one scalar per query, shape [query]; it gave {shape}.")
+        self._input_bytes = input_bytes(self._inputs, trained) if self._inputs.by_row else None
+        self._block = query.num_inputs
+        if self._input_bytes is not None:
+            fitting = memory.for_inputs if device.type != "cpu" else min(memory.for_inputs, _HOST_BYTES)
+            self._block = max(1, fitting // (_GRAPHS * self._input_bytes))
+        blocks, by_block, self._kink_bytes = self._every.split(self._block), list[Tensor](), 0
+        for rows in blocks:
+            with torch.no_grad(), watched() as kinks:
+                by_block.append(self._inputs.scalars(trained, rows))
+            self._kink_bytes += sum(argument.nbytes for argument in kinks.values())
+        scalars = torch.cat(by_block)
         weights = torch.eye(len(scalars), dtype=torch.float64) if query.weights is None else query.weights
         if weights.shape[1] != len(scalars):
             raise ValueError(
@@ -87,39 +91,70 @@ class QueryFunction:
         """A label per query."""
         if len(self.names) != len(self._weights):
             raise ValueError(f"{len(self.names)} query names were given for {len(self._weights)} queries.")
-        self.kinked = bool(kinked)
+        self.kinked = self._kink_bytes > 0
         """Whether the model computes functions whose slopes jump."""
         self._kinks = KnownKinks()
-        self._orders = self._find_orders(trained, scalars) if self.separate else {}
+        orders = None if self._input_bytes is None else row_orders(self._inputs, trained, scalars, blocks)
+        self.separate = orders is not None
+        """Whether every query is evaluated from its own inputs alone, else all inputs as one batch."""
+        self._orders = orders or {}
+        if not self.separate:
+            self._block = query.num_inputs
 
     @property
     def num_queries(self) -> int:
         """Number of queries."""
         return len(self._weights)
 
+    @property
+    def is_blocked(self) -> bool:
+        """Whether a query has more inputs than are evaluated at once."""
+        return self._most_inputs > self._block
+
+    @property
+    def working_bytes(self) -> int:
+        """What differentiating a query fills: the activations of its inputs, as many as are evaluated at once."""
+        if self.separate and self._input_bytes is not None:
+            made = self._input_bytes * min(self._most_inputs, self._block)
+        else:
+            trained = self._run.flat_params(self._run.num_steps).to(self._device, torch.float64)
+            made = made_bytes(partial(self.at, trained))
+        return _GRAPHS * made * self._dtype.itemsize // torch.float64.itemsize
+
+    @property
+    def remembered_bytes(self) -> int:
+        """Most that is remembered of the arguments of kinked functions: all that may be needed again, or nothing."""
+        points = KNOWN_POINTS * self._kink_bytes * self._dtype.itemsize // torch.float64.itemsize
+        return points if points <= self._memory.for_inputs else 0
+
     def part(self, queries: slice) -> QueryFunction:
         """Some of the queries, with the inputs that they need."""
         part = copy.copy(self)
         rows, part._weights = self._members(torch.arange(self.num_queries, device=self._device)[queries])
-        part._inputs = {dtype: {n: t[rows] for n, t in inputs.items()} for dtype, inputs in self._inputs.items()}
+        part._inputs = self._inputs.take(rows)
         part._every = torch.arange(len(rows), device=self._device)
-        if isinstance(self._output, Output):
-            part._targets = self._targets[rows]
+        part._kink_bytes = self._kink_bytes * len(rows) // len(self._every)
         part.names, part._kinks = self.names[queries], KnownKinks()
         return part
 
     def at(self, params: Tensor) -> Tensor:
         """q(θ) of all queries, float64 `[query]`."""
-        with torch.no_grad():
-            return self._weights @ self._scalars(params, self._every)
+        scalars = torch.empty(len(self._every), dtype=torch.float64, device=self._device)
+        for rows in self._every.split(self._block):
+            with torch.no_grad():
+                scalars[rows] = self._inputs.scalars(params, rows)
+        return self._weights @ scalars
 
     def values(self, start: Tensor, update: Tensor, position: float, which: Tensor) -> Tensor:
         """See `explaind.path.integral.PathFunction.values`."""
-        rows, weights = self._members(which)
-        with torch.no_grad(), watched() as seen:
-            scalars = self._scalars(start + position * update, rows)
-        self._kinks.put(start, update, position, rows, cast(seen, self._dtype, self._device))
-        return weights @ scalars
+        members, weights = self._members(which)
+        params, scalars = start + position * update, list[Tensor]()
+        for rows in members.split(self._block):
+            with torch.no_grad(), watched(self._dtype) if self.remembered_bytes else nullcontext() as seen:
+                scalars.append(self._inputs.scalars(params, rows))
+            if seen is not None:
+                self._kinks.put(start, update, position, rows, seen)
+        return weights @ torch.cat(scalars)
 
     def averages(
         self,
@@ -134,15 +169,25 @@ class QueryFunction:
     ) -> QueryAverages:
         """See `explaind.path.integral.PathFunction.averages`."""
         dtype = torch.float64 if exact else self._dtype
-        rows, weights = self._members(which)
-        result = QueryAverages(self._run.table, len(which))
         left, length = ends[0], ends[1] - ends[0]
         average = kinks and self.kinked
-        seen = [self._kinks_at(start, update, end, rows, dtype) for end in ends] if average else []
         points = [(start + end * update).to(dtype) for end in ends] if average else []
-        for node, weight in zip(rule.nodes, rule.weights, strict=True):
-            params = (start + (left + length * node) * update).to(dtype)
-            self._differentiate(result, params, rows, length * weight * weights, seen, points)
+        result = QueryAverages(self._run.table, len(which))
+        for queries, blocks in self._together(which):
+            sums = dict[str, Tensor]()
+            for rows in blocks:
+                seen = [self._kinks_at(start, update, end, rows, dtype) for end in ends] if average else []
+                weights = torch.zeros(len(which), len(rows), dtype=dtype, device=self._device)
+                weights[queries] = (length * self._weights[which[queries]][:, rows]).to(dtype)
+                for node, weight in zip(rule.nodes, rule.weights, strict=True):
+                    params = (start + (left + length * node) * update).to(dtype)
+                    if self.separate and len(queries) > 1:
+                        self._add_rows(result, params, rows, weight * weights, seen, points)
+                    else:
+                        self._add_sums(sums, params, rows, weight * weights[queries], seen)
+            each = torch.eye(len(which), dtype=dtype, device=self._device)[:, queries]
+            for name, total in sums.items():
+                result.add(name, Summed(total), each)
         return result
 
     def gathered(self, parts: Sequence[Part], total: Tensor | None) -> Tensor:
@@ -152,26 +197,56 @@ class QueryFunction:
         add_parts(self._run.table, total, parts)
         return total
 
+    @property
+    def _most_inputs(self) -> int:
+        """Of a query."""
+        return int((self._weights != 0).sum(dim=1).max()) if self.separate else len(self._every)
+
     def _kinks_at(self, start: Tensor, update: Tensor, position: float, rows: Tensor, dtype: torch.dtype) -> Kinks:
         """Arguments of the kinked functions at a point of a segment."""
         known = self._kinks.get(start, update, position, rows) if dtype == self._dtype else None
         if known is not None:
             return known
         with torch.no_grad(), watched() as seen:
-            self._scalars((start + position * update).to(dtype), rows)
-        if dtype == self._dtype:
+            self._inputs.scalars((start + position * update).to(dtype), rows)
+        if dtype == self._dtype and self.remembered_bytes:
             self._kinks.put(start, update, position, rows, seen)
         return seen
 
     def _members(self, which: Tensor) -> tuple[Tensor, Tensor]:
-        """The inputs that some queries need, `[row]`, and their weights in them, `[pair, row]`."""
+        """The inputs that some queries need, `[row]`, and their weights in them, `[query, row]`."""
         weights = self._weights[which]
         if not self.separate:
             return self._every, weights
         rows = (weights != 0).any(dim=0).nonzero()[:, 0]
         return rows, weights[:, rows]
 
-    def _differentiate(
+    def _together(self, which: Tensor) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
+        """Queries that are differentiated together, as places in `which`, and the inputs that they need, in blocks.
+
+        Of queries whose inputs do not depend on each other, only a single one has several blocks.
+        """
+        every = torch.arange(len(which), device=self._device)
+        used = self._weights[which] != 0
+        most = int(used.sum(dim=1).max()) if self.separate else 0
+        for queries in every.split(max(1, self._block // most) if most else len(every)):
+            rows = used[queries].any(dim=0).nonzero()[:, 0] if self.separate else self._every
+            yield queries, rows.split(self._block)
+
+    def _add_sums(
+        self, sums: dict[str, Tensor], params: Tensor, rows: Tensor, weights: Tensor, seen: Sequence[Kinks]
+    ) -> None:
+        """Add Σ_i w_{qi} ∇ of the inputs' scalars at θ, for weights `[query, row]`, to `{name: [query, *shape]}`."""
+        leaves, scalars = self._differentiable(params, rows, seen)
+        tensors, several = list(leaves.values()), len(weights) > 1
+        every = [
+            torch.autograd.grad(scalars, tensors, w, retain_graph=several, materialize_grads=True) for w in weights
+        ]
+        for name, gradients in zip(leaves, zip(*every, strict=True), strict=True):
+            total = torch.stack(gradients)
+            sums[name] = sums[name].add_(total) if name in sums else total
+
+    def _add_rows(
         self,
         result: QueryAverages,
         params: Tensor,
@@ -180,25 +255,12 @@ class QueryFunction:
         seen: Sequence[Kinks],
         ends: Sequence[Tensor],
     ) -> None:
-        """Add Σ_i w_i ∇ of the inputs' scalars at θ to a result."""
-        table, weights = self._run.table, weights.to(params.dtype)
-        leaves = {name: tensor.requires_grad_() for name, tensor in table.unflatten(params.detach()).items()}
-        single = len(weights) == 1
-        with torch.enable_grad():
-            scalars = self._scalars(leaves, rows, averaged(*seen) if seen else nullcontext())
-        if single or not self.separate:
-            every = [
-                torch.autograd.grad(scalars, list(leaves.values()), w, retain_graph=not single, materialize_grads=True)
-                for w in weights
-            ]
-            each = torch.eye(len(weights), dtype=params.dtype, device=params.device)
-            for name, gradients in zip(leaves, zip(*every, strict=True), strict=True):
-                result.add(name, Summed(torch.stack(gradients)), each)
-            return
+        """Add the inputs' gradients at θ to a result, with their weights `[query, row]`."""
+        leaves, scalars = self._differentiable(params, rows, seen)
         uses = Uses([scalars], leaves)
         uses.backward([torch.ones_like(scalars)])
         rest = []
-        for name in table.names:
+        for name in self._run.table.names:
             order = self._orders.get(name)
             factors = None if order is None else uses.split(name, len(rows), order)
             if factors is None:
@@ -206,85 +268,12 @@ class QueryFunction:
             for part in factors or ():
                 result.add(name, part, weights)
         if rest:
-            alone = self._rows_alone({name: leaves[name] for name in rest}, leaves, rows, ends if seen else ())
+            alone = self._inputs.gradients({name: leaves[name] for name in rest}, leaves, rows, ends)
             for name in rest:
                 result.add(name, Summed(alone[name]), weights)
 
-    def _rows_alone(
-        self, wanted: dict[str, Tensor], others: Mapping[str, Tensor], rows: Tensor, ends: Sequence[Tensor]
-    ) -> dict[str, Tensor]:
-        """Gradients of single inputs' scalars by some parameters, by vmap, `{name: [row, *shape]}`."""
-        fixed = {name: tensor.detach() for name, tensor in others.items() if name not in wanted}
-        tensors = [self._run.table.unflatten(end) for end in ends]
-
-        def scalar(params: dict[str, Tensor], inputs: dict[str, Tensor], target: Tensor) -> Tensor:
-            assert isinstance(self._output, Output)
-            seen = []
-            for end in tensors:
-                with watched() as arguments:
-                    self._evaluate(end, inputs)
-                seen.append(arguments)
-            with averaged(*seen) if seen else nullcontext():
-                output = self._output.pick(self._evaluate({**fixed, **params}, inputs))
-            return self._output.function(output, target).sum()
-
-        dtype = next(iter(wanted.values())).dtype
-        chosen = {name: tensor[rows].unsqueeze(1) for name, tensor in self._inputs[dtype].items()}
-        params = {name: tensor.detach() for name, tensor in wanted.items()}
-        with modes(self._run.model, False), vectorizable(self._run.model):
-            gradients: dict[str, Tensor] = vmap(grad(scalar), in_dims=(None, 0, 0))(
-                params, chosen, self._targets[rows].unsqueeze(1)
-            )
-        return gradients
-
-    def _find_orders(self, trained: Tensor, scalars: Tensor) -> dict[str, Order]:
-        """Where the inputs' rows lie in the operations; settles whether the queries are separate."""
-        orders: dict[str, Order | None] = {}
-        generator = torch.Generator().manual_seed(0)
-        probes = torch.randperm(len(scalars), generator=generator)[:_NUM_PROBES].to(self._device)
-        leaves = {name: t.requires_grad_() for name, t in self._run.table.unflatten(trained.detach()).items()}
-        try:
-            with torch.enable_grad():
-                together = self._scalars(leaves, self._every)
-            weights, combined = combined_rows({"": together}, leaves, {}, (0, 0))
-            uses = Uses([together], leaves)
-            uses.expect(weights, combined)
-            uses.backward([torch.ones_like(together)])
-            for row in probes:
-                with torch.no_grad():
-                    alone = self._scalars(leaves, row[None])
-                self.separate &= torch.allclose(alone, scalars[row], rtol=1e-9, atol=1e-9 * float(scalars.abs().max()))
-            orders = {name: uses.order(name) for name in leaves}
-            rest = {name: leaves[name] for name, order in orders.items() if order is None}
-            if rest and self.separate:
-                self._rows_alone(rest, leaves, probes[:1], ())
-        except ExplaindError:
-            raise
-        except (RuntimeError, ValueError):  # how vmap and batch layers say that a row cannot be evaluated alone
-            self.separate = False
-        return {name: order for name, order in orders.items() if order is not None}
-
-    def _scalars(
-        self,
-        params: Tensor | Mapping[str, Tensor],
-        rows: Tensor,
-        slopes: AbstractContextManager[None] | None = None,
-        *,
-        checked: bool = False,
-    ) -> Tensor:
-        """The output's scalars of some inputs in the type of the parameters, `[row]`."""
-        tensors = self._run.table.unflatten(params) if isinstance(params, Tensor) else params
-        inputs = self._inputs[next(iter(tensors.values())).dtype]
-        if len(rows) < len(self._every):
-            inputs = {name: tensor[rows] for name, tensor in inputs.items()}
-        with modes(self._run.model, False), vectorizable(self._run.model), slopes or nullcontext():
-            output = self._evaluate(tensors, inputs)
-            if checked or not isinstance(self._output, Output):
-                return self._output(output)
-            return self._output.function(self._output.pick(output), self._targets[rows])
-
-    def _evaluate(self, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Any:
-        """The model's output."""
-        fixed = self._fixed[next(iter(tensors.values())).dtype]
-        args, kwargs = rebuild(self._template, inputs)
-        return call_function(self._function, self._run.model, {**fixed, **tensors}, args, kwargs)
+    def _differentiable(self, params: Tensor, rows: Tensor, seen: Sequence[Kinks]) -> tuple[dict[str, Tensor], Tensor]:
+        """Parameters as leaves of a graph, and the scalars of some inputs that it leads to."""
+        leaves = self._inputs.leaves(params)
+        with torch.enable_grad():
+            return leaves, self._inputs.scalars(leaves, rows, averaged(*seen) if seen else nullcontext())

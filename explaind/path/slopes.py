@@ -42,8 +42,8 @@ def share_above_zero(before: Tensor, after: Tensor) -> Tensor:
         >>> share_above_zero(torch.tensor([-1.0, 1.0, -2.0]), torch.tensor([3.0, 2.0, -1.0]))
         tensor([0.7500, 1.0000, 0.0000])
     """
-    above, length = torch.relu(before) + torch.relu(after), before.abs() + after.abs()
-    return (above / length.clamp_min(torch.finfo(length.dtype).tiny)).nan_to_num(1.0)  # ∞/∞ is 1
+    above, length = torch.relu(before).add_(torch.relu(after)), before.abs().add_(after.abs())
+    return above.div_(length.clamp_min_(torch.finfo(length.dtype).tiny)).nan_to_num_(1.0)  # ∞/∞ is 1
 
 
 def _relu(z: Tensor) -> Kinked:

@@ -133,15 +133,15 @@ def _exchanged(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None
     A small call of `torch.func.functional_call` takes several times as long, and of modules that are used twice it puts
     the wrong tensors back.
     """
-    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    instead = {id(own[name]): tensor for name, tensor in tensors.items()}
-    before: list[tuple[Any, str, Tensor | None]] = [
-        (store, name, tensor)
-        for module in model.modules()
+    own = {
+        f"{path}.{name}" if path else name: (store, name, tensor)
+        for path, module in model.named_modules(remove_duplicate=False)
         for store in (module._parameters, module._buffers)
         for name, tensor in store.items()
-        if id(tensor) in instead
-    ]
+        if tensor is not None
+    }
+    instead = {id(own[name][-1]): tensor for name, tensor in tensors.items()}
+    before = [(store, name, tensor) for store, name, tensor in own.values() if id(tensor) in instead]
     try:
         for store, name, tensor in before:
             store[name] = instead[id(tensor)]
@@ -193,16 +193,16 @@ def modes(model: nn.Module, training: Iterable[bool] | bool) -> Iterator[None]:
     """Set `module.training` of every module inside the block, where compiled modules run as plain Python."""
     modules = list(model.modules())
     flags = [training] * len(modules) if isinstance(training, bool) else [bool(flag) for flag in training]
-    before = [module.training for module in modules]
+    others = [(module, flag) for module, flag in zip(modules, flags, strict=True) if module.training != flag]
     compiled = any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in modules)
     try:
-        for module, flag in zip(modules, flags, strict=True):
+        for module, flag in others:
             module.training = flag
         with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
             yield
     finally:
-        for module, flag in zip(modules, before, strict=True):
-            module.training = flag
+        for module, flag in others:
+            module.training = not flag
 
 
 def dense(gradient: Tensor) -> Tensor:
