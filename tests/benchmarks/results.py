@@ -18,6 +18,7 @@ from tests.benchmarks.queries import queries
 from tests.benchmarks.recording import recording
 from tests.benchmarks.scaling import scaling
 from tests.benchmarks.sizes import Size
+from tests.benchmarks.storage import storage
 
 __all__ = ["BENCHMARKS", "RESULTS", "measure", "read"]
 
@@ -33,6 +34,7 @@ BENCHMARKS: dict[str, Callable[[Size], list[dict[str, Any]]]] = {
     "precision": precision,
     "scaling": scaling,
     "naive": naive,
+    "storage": storage,
 }
 """Each gives plain records."""
 

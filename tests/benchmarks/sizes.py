@@ -45,6 +45,8 @@ class Size:
     """How often a measured work and the training step take turns."""
     scaling_base: int
     """Width and number of examples from which the scaling curves begin; the other sizes are parts of it."""
+    stored_networks: tuple[tuple[int, int, int], ...]
+    """Width, training examples and recorded steps of the networks whose stores are measured."""
     points: int
     """Sizes along each scaling curve, each twice the one before."""
     nodes: int
@@ -75,6 +77,7 @@ FULL = Size(
     num_errors=20,
     rounds=1,
     scaling_base=64,
+    stored_networks=((64, 1000, 200), (304, 256, 100), (968, 64, 16)),
     points=4,
     nodes=32,
     naive_recipe=replace(paper(), num_train=8, width=32, hidden=128, unused_positions=0),
@@ -103,6 +106,7 @@ def toy(folder: Path) -> Size:
         num_errors=2,
         rounds=1,
         scaling_base=16,
+        stored_networks=((8, 5, 2),),
         points=2,
         nodes=2,
         naive_recipe=replace(quick(), modulus=7, num_train=4, width=8, heads=2, hidden=8),
