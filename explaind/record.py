@@ -34,6 +34,7 @@ class Record(RecordedCalls):
         self, path: Path, model: nn.Module | None, objective: Callable[[nn.Module, Any], Tensor] | None = None
     ) -> None:
         store = StoreReader(path)
+        store.check_arrays()
         attributes, commit = store.attributes, store.commit
         try:
             super().__init__(store, ParameterTable.from_json(attributes["parameters"]), commit.num_steps)

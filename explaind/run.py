@@ -18,6 +18,7 @@ from explaind.record import Record
 if TYPE_CHECKING:
     from explaind.attribution import Attribution
     from explaind.averages import Average
+    from explaind.info import StoreInfo
     from explaind.path.verify import VerifyReport
     from explaind.planning.plan import Plan
     from explaind.quadrature import Quadrature
@@ -249,6 +250,12 @@ class Run(Record):
         from explaind.planning.calibration import make_plan
 
         return make_plan(self, query, by=by, **settings)
+
+    def info(self) -> StoreInfo:
+        """Where the bytes of the run are, and what a writer left beside it; as the disk has it now."""
+        from explaind.inventory import store_info
+
+        return store_info(self.path)
 
     def verify(self, *, progress: bool = False) -> VerifyReport:
         """Replay every step and compare with the record; see `explaind.path.verify.verify`."""

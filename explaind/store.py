@@ -23,7 +23,17 @@ from numpy.typing import NDArray
 
 from explaind.errors import DamagedStoreError, StoreExistsError, StoreFormatError
 
-__all__ = ["COMMIT_FILE", "FORMAT_VERSION", "Commit", "StoreReader", "aside", "check_free", "free_path", "is_published"]
+__all__ = [
+    "COMMIT_FILE",
+    "FORMAT_VERSION",
+    "Commit",
+    "Layout",
+    "StoreReader",
+    "aside",
+    "check_free",
+    "free_path",
+    "is_published",
+]
 
 FORMAT_VERSION = 3
 _READABLE_VERSIONS = (1, 2, 3)
@@ -77,6 +87,30 @@ class Commit:
             raise DamagedStoreError(f"{store / COMMIT_FILE} cannot be read: {error}") from error
 
 
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How an array lies in a store."""
+
+    dims: tuple[str, ...]
+    """Names of its dimensions, the growing one first."""
+    shape: tuple[int, ...]
+    """Their lengths, of the growing one that of the valid rows."""
+    dtype: str
+    """Name of its type."""
+    chunk_rows: int
+    """Number of rows in a chunk."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the valid rows, not compressed."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    @property
+    def num_chunks(self) -> int:
+        """Number of chunks that hold valid rows."""
+        return -(-self.shape[0] // self.chunk_rows)
+
+
 class StoreReader:
     """Reads the published prefix of a store, chunk by chunk, through a small cache.
 
@@ -104,9 +138,6 @@ class StoreReader:
                 "Install a newer explaind to open it."
             )
         self._arrays: dict[str, zarr.Array[Any]] = {}
-        for name in self.commit.arrays:
-            if not (path / name / "zarr.json").is_file():
-                raise DamagedStoreError(f"the array '{name}' is missing from {path}")
         self.reads: Counter[str] = Counter()
         """How often each array was read from."""
         self.bytes_read = 0
@@ -114,6 +145,27 @@ class StoreReader:
         self._lock = RLock()
         """Steps are read ahead by a thread of their own."""
         self._cache: OrderedDict[tuple[str, int], NDArray[Any]] = OrderedDict()
+
+    def check_arrays(self) -> None:
+        """Raise if an array is not there.
+
+        Raises:
+            DamagedStoreError: it is not.
+        """
+        for name in self.commit.arrays:
+            if not (self.path / name / "zarr.json").is_file():
+                raise DamagedStoreError(f"the array '{name}' is missing from {self.path}")
+
+    def layout(self, name: str) -> Layout:
+        """How the valid rows of an array lie in its chunks."""
+        array = self._open(name)
+        dims = _dims(array)
+        shape = (self.length(dims[0]), *array.shape[1:])
+        return Layout(dims=dims, shape=shape, dtype=str(array.dtype), chunk_rows=array.chunks[0])
+
+    def chunk_file(self, name: str, index: int) -> Path:
+        """Where a chunk of an array is."""
+        return self.path.joinpath(name, "c", str(index), *["0"] * (self._open(name).ndim - 1))
 
     def num_bytes(self, name: str, left_out: float = 0.0) -> int:
         """Bytes of the valid rows of an array, not compressed, but for the chunks in a first part that is left out."""
@@ -192,7 +244,7 @@ class StoreReader:
         stop = min(start + array.chunks[0], self.length(_dims(array)[0]))
         where = f"'{name}', {_dims(array)[0]} {start} to {stop - 1}, in {self.path}"
         # A chunk file that is missing would read as fill values, without an error.
-        file = self.path.joinpath(name, "c", str(index), *["0"] * (array.ndim - 1))
+        file = self.chunk_file(name, index)
         if not file.is_file() and array.size:
             raise DamagedStoreError(f"a chunk is missing: {where} ({file.relative_to(self.path)})")
         try:

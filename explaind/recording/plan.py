@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from explaind.calls import named_tensors
+from explaind.info import INPUTS, REST, kind_of
 from explaind.recording.chunks import GrowingArray, encoded_size
 from explaind.recording.snapshots import STATE_EVERY
 from explaind.store import Commit, StoreReader
@@ -28,17 +29,6 @@ from explaind.units import readable_size
 
 __all__ = ["RecordingPlan", "any_loss", "measure"]
 
-_KINDS = {
-    "params": "parameters",
-    "gradient": "gradient",
-    "state": "optimizer state",
-    "state_shaped": "optimizer state",
-    "fixed": "buffers and frozen parameters",
-    "output_grad": "output gradients",
-    "output_grads": "output gradients",
-    "example_grad": "example gradients",
-}
-_INPUTS, _REST = "inputs", "settings, ids and random states"
 _NUM_STEPS = 6
 
 
@@ -111,7 +101,7 @@ def measure(
         per_step, once = _sizes(StoreReader(store), steps)
         num_inputs = Commit.read(store).lengths["input"]
         seconds_per_byte = _writing_speed(Path(directory) / "speed.zarr")
-    inputs = once.pop(_INPUTS)
+    inputs = once.pop(INPUTS)
     # The writing goes on beside the loop, which waits if it is the faster of the two.
     waiting = sum(per_step.values()) * seconds_per_byte - traced
     return RecordingPlan(
@@ -182,21 +172,19 @@ def any_loss(output: Any) -> Tensor:
 def _sizes(store: StoreReader, steps: int) -> tuple[Counter[str], Counter[str]]:
     """Bytes that each of so many steps will add, and those that come once, by kind of array."""
     per_step: Counter[str] = Counter()
-    once = Counter({_REST: sum(file.stat().st_size for file in store.path.rglob("*.json"))})
+    once = Counter({REST: sum(file.stat().st_size for file in store.path.rglob("*.json"))})
     every = store.attributes["snapshot_every"]
     stored = {"snapshot": every, "state_snapshot": every if every > 1 else STATE_EVERY}
     for name in store.commit.arrays:
-        rows, kind = store.read(name), name.split("/")[0]
+        rows, kind = store.read(name), kind_of(name)
         between = next((number for along, number in stored.items() if store.has_along(name, along)), 1)
-        if kind.startswith("inputs"):
-            once[_INPUTS] += encoded_size(rows)
-        elif kind == "fixed" and len(rows) < _NUM_STEPS:
-            once[_KINDS[kind]] += encoded_size(rows)
+        if kind == INPUTS or (name == "fixed" and len(rows) < _NUM_STEPS):
+            once[kind] += encoded_size(rows)
         elif between > 1 and len(rows) < _NUM_STEPS:
             # The last moment is stored too; of the first there is no state yet, or an empty one.
             num_rows = len(range(0, steps, between)) + store.has_along(name, "snapshot")
-            per_step[_KINDS.get(kind, _REST)] += encoded_size(rows[-1:]) * num_rows // steps
+            per_step[kind] += encoded_size(rows[-1:]) * num_rows // steps
         else:
             whole = _NUM_STEPS + any(store.has_along(name, along) for along in ("moment", "snapshot", "state_snapshot"))
-            per_step[_KINDS.get(kind, _REST)] += encoded_size(rows) // whole
+            per_step[kind] += encoded_size(rows) // whole
     return per_step, once
