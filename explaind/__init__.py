@@ -4,11 +4,17 @@ Record a training loop with `trace`, open it with `open_run`, and write any pred
 an exact sum over training examples, steps and layers with `run.attribute(Query(…), by=…)`.
 """
 
-from explaind import averages, errors, optimizers, outputs, quadrature
-from explaind.attribution import Attribution, Closure
-from explaind.query import Query
-from explaind.recording.recorder import Recorder, trace
-from explaind.run import Run, open_run
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from explaind import averages, errors, optimizers, outputs, quadrature
+    from explaind.attribution import Attribution, Closure
+    from explaind.query import Query
+    from explaind.recording.recorder import Recorder, trace
+    from explaind.run import Run, open_run
 
 __all__ = [  # record
     "Recorder",
@@ -28,3 +34,26 @@ __all__ += [  # attribute
     "quadrature",
 ]
 __all__ += ["errors"]
+
+# Names are imported when they are first used: torch takes seconds, which what does not compute need not wait for.
+_HOMES = {
+    "Attribution": "explaind.attribution",
+    "Closure": "explaind.attribution",
+    "Query": "explaind.query",
+    "Recorder": "explaind.recording.recorder",
+    "Run": "explaind.run",
+    "open_run": "explaind.run",
+    "trace": "explaind.recording.recorder",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name) if name in _HOMES else import_module(f"{__name__}.{name}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(globals().keys() | set(__all__))

@@ -157,10 +157,18 @@ class StoreReader:
                 raise DamagedStoreError(f"the array '{name}' is missing from {self.path}")
 
     def layout(self, name: str) -> Layout:
-        """How the valid rows of an array lie in its chunks."""
+        """How the valid rows of an array lie in its chunks.
+
+        Raises:
+            DamagedStoreError: what describes it is missing or damaged, or has fewer rows.
+        """
         array = self._open(name)
         dims = _dims(array)
         shape = (self.length(dims[0]), *array.shape[1:])
+        if array.shape[0] < shape[0]:
+            raise DamagedStoreError(
+                f"the array '{name}' in {self.path} ends too early: it has only {array.shape[0]} of {shape[0]} rows"
+            )
         return Layout(dims=dims, shape=shape, dtype=str(array.dtype), chunk_rows=array.chunks[0])
 
     def chunk_file(self, name: str, index: int) -> Path:

@@ -1,0 +1,164 @@
+"""The command line: `explaind info`, `explaind verify`, `explaind export`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from explaind.errors import DamagedStoreError, ExplaindError, VerificationError
+
+if TYPE_CHECKING:  # torch takes seconds to import, and only some commands need it
+    from explaind.run import Run
+
+__all__ = ["main"]
+
+
+class _CannotBeDone(click.ClickException):
+    """What was asked is not possible; an exception of click itself has exit code 1."""
+
+    exit_code = 2
+
+
+class _Commands(click.Group):
+    """Commands whose errors are messages and exit codes."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (DamagedStoreError, VerificationError) as error:
+            raise click.ClickException(str(error)) from error
+        except BrokenPipeError:  # nobody reads on, which click takes quietly
+            raise
+        except (ExplaindError, OSError) as error:
+            raise _CannotBeDone(str(error)) from error
+
+
+def _imported(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
+    """A function of a Python module, given as `package.module:name`."""
+    if value is None:
+        return None
+    module_name, colon, name = value.partition(":")
+    if not (module_name and colon and name):
+        raise click.BadParameter(f"{value!r} is not of the form package.module:name.", ctx, param)
+    if str(Path.cwd()) not in sys.path:  # as `python -m` has it
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module_name), name, None)
+    except ModuleNotFoundError as error:
+        raise click.BadParameter(f"{value!r}: {error}; it is looked for in {Path.cwd()}, too.", ctx, param) from error
+    if not callable(found):
+        what = "has nothing of that name" if found is None else f"has a {type(found).__name__} there, no function"
+        raise click.BadParameter(f"{value!r}: the module {what}.", ctx, param)
+    return found
+
+
+_run = click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="explaind-tracer", prog_name="explaind")
+def main() -> None:
+    """Look at recorded training runs.
+
+    Exit codes: 0, all is well; 1, a run is damaged or does not replay; 2, what was asked cannot be done.
+    """
+
+
+@main.command()
+@_run
+@_json
+def info(run: Path, as_json: bool) -> None:
+    """Show what the directory RUN holds, and where its bytes are.
+
+    It may still be recorded, and need not be whole; nothing is changed. Sizes are those on the disk and, as "plain",
+    those of the numbers before they were compressed. "× 4·D" is the size of a step in units of one float32 number for
+    each of the model's D parameters.
+    """
+    from explaind.inventory import store_info
+
+    found = store_info(run)
+    click.echo(json.dumps(found.to_json(), indent=2) if as_json else str(found))
+
+
+@main.command()
+@_run
+@click.option(
+    "--model",
+    callback=_imported,
+    metavar="MODULE:NAME",
+    help="Function that makes the recorded model, or the model itself, such as package.module:make_model. With it, "
+    "every step is replayed, too.",
+)
+@click.option(
+    "--objective",
+    callback=_imported,
+    metavar="MODULE:NAME",
+    help="The function that explaind.trace was given as objective, if it was.",
+)
+@_json
+def verify(run: Path, model: Callable[..., Any] | None, objective: Callable[..., Any] | None, as_json: bool) -> None:
+    """Check every chunk of every array of RUN against its checksum.
+
+    All damage is listed, and then the exit code is 1. With --model every step is replayed, too: the gradient from its
+    batch, the update through the real optimizer. An update that does not lead to the recorded parameters also is exit
+    code 1.
+    """
+    from explaind.damage import find_damage
+    from explaind.store import StoreReader
+
+    store = StoreReader(run)
+    damage = list(find_damage(store, progress=True))
+    report, failure = None, None
+    if damage:
+        lost = "1 piece is" if len(damage) == 1 else f"{len(damage):,} pieces are"
+        skipped = ", so no step was replayed" if model is not None else ""
+        failure = click.ClickException(f"{run}: {lost} damaged{skipped}.")
+    else:
+        opened = _opened(run, model, objective)
+        try:
+            report = opened.verify(progress=True) if model is not None else None
+        except VerificationError as error:
+            failure = click.ClickException(str(error))
+    if as_json:
+        result = {
+            "path": str(run),
+            "num_steps": store.commit.num_steps,
+            "num_arrays": len(store.commit.arrays),
+            "damage": [asdict(entry) for entry in damage],
+            "replay": None if report is None else asdict(report) | {"bit_exact": report.bit_exact},
+            "error": None if failure is None else str(failure),
+        }
+        click.echo(json.dumps(result, indent=2))
+    else:
+        for entry in damage:
+            click.echo(entry)
+        if not damage:
+            click.echo(f"{store.commit.num_steps:,} steps in {len(store.commit.arrays)} arrays, nothing is damaged")
+        if report is not None:
+            click.echo(report)
+    if failure is not None:
+        raise failure
+
+
+def _opened(run: Path, model: Callable[..., Any] | None, objective: Callable[..., Any] | None) -> Run:
+    from torch import nn
+
+    from explaind.run import open_run
+
+    made = model if model is None or isinstance(model, nn.Module) else model()
+    if not (made is None or isinstance(made, nn.Module)):
+        raise click.UsageError(f"--model must name a torch.nn.Module or what makes one; it made {made!r}.")
+    opened = open_run(run, made, objective=objective)
+    if made is not None and opened.uses_objective and objective is None:
+        raise click.UsageError(
+            "the run was recorded with an objective: name the function with --objective module:name."
+        )
+    return opened

@@ -1,0 +1,182 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch.utils.data import DataLoader
+
+import explaind
+from explaind.cli import main
+from explaind.inventory import store_info
+from tests.cases import BY_NAME, chunks_of, record
+
+MODEL = "tests.cases:mlp"
+
+
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory):
+    path = tmp_path_factory.mktemp("intact") / "run.zarr"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        chunks_of(monkeypatch, 500)
+        record(BY_NAME["adamw-schedule"], path)
+    return path
+
+
+@pytest.fixture
+def path(intact, tmp_path):
+    return shutil.copytree(intact, tmp_path / "run.zarr")
+
+
+def call(*arguments):
+    """Exit code, stdout and stderr."""
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments], prog_name="explaind")
+    return result.exit_code, result.stdout, result.stderr
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_info_prints_what_the_library_finds(intact):
+    assert call("info", intact) == (0, f"{store_info(intact)}\n", "")
+    code, out, err = call("info", intact, "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out) == json.loads(json.dumps(store_info(intact).to_json()))
+
+
+def test_a_whole_run_is_verified(intact):
+    assert call("verify", intact) == (0, "6 steps in 26 arrays, nothing is damaged\n", "")
+
+
+def test_a_run_is_replayed_with_its_model(intact):
+    code, out, err = call("verify", intact, "--model", MODEL)
+    assert (code, err) == (0, "")
+    assert "gradients: 6 of 6 bit for bit" in out
+    replay = json.loads(call("verify", intact, "--model", MODEL, "--json")[1])["replay"]
+    assert replay["bit_exact"]
+    assert replay["exact_updates"] == 6
+
+
+def test_all_damage_is_listed(path):
+    flip(path / "gradient" / "c" / "1" / "0")
+    (path / "params" / "c" / "2" / "0").unlink()
+    (path / "loss" / "zarr.json").unlink()
+    (path / "updated" / "zarr.json").write_text("{")
+    code, out, err = call("verify", path, "--model", MODEL)
+    assert code == 1
+    files = {line.partition(":")[0] for line in out.splitlines()}
+    assert files == {"gradient/c/1/0", "params/c/2/0", "loss/zarr.json", "updated/zarr.json"}
+    assert err == f"Error: {path}: 4 pieces are damaged, so no step was replayed.\n"
+    found = json.loads(call("verify", path, "--json")[1])["damage"]
+    (gradient,) = (entry for entry in found if entry["array"] == "gradient")
+    assert gradient["steps"] == [2, 3]
+    assert "a chunk is damaged: 'gradient', step 2 to 3" in gradient["problem"]
+
+
+@pytest.mark.parametrize("name, steps", [("call_kind", "0 to 5"), ("row_example", "0 to 5")])
+def test_damage_to_calls_and_rows_is_told_by_step(name, steps, path):
+    flip(path / name / "c" / "0")
+    code, out, _ = call("verify", path)
+    assert code == 1
+    assert out.endswith(f"it is of steps {steps}\n")
+
+
+def test_a_commit_that_promises_more_than_there_is_is_damage(path):
+    commit = json.loads((path / "commit.json").read_text())
+    commit["lengths"]["step"] = 10**9
+    (path / "commit.json").write_text(json.dumps(commit))
+    code, out, _ = call("verify", path)
+    assert code == 1
+    assert "the array 'gradient'" in out
+    assert "ends too early: it has only 6 of 1000000000 rows" in out
+
+
+def test_an_update_that_does_not_replay_fails(path):
+    metadata = json.loads((path / "zarr.json").read_text())
+    metadata["attributes"]["group_optimizers"] = ["torch.optim.sgd.SGD"]
+    (path / "zarr.json").write_text(json.dumps(metadata))
+    code, out, err = call("verify", path, "--model", MODEL)
+    assert code == 1
+    assert out == "6 steps in 26 arrays, nothing is damaged\n"
+    assert "does not reach the recorded parameters" in err
+    code, out, _ = call("verify", path, "--model", MODEL, "--json")
+    assert code == 1
+    assert "does not reach the recorded parameters" in json.loads(out)["error"]
+
+
+def test_a_run_that_has_lost_its_description_is_damaged(path):
+    (path / "zarr.json").write_text("{")
+    for command in ("info", "verify"):
+        code, out, err = call(command, path)
+        assert (code, out) == (1, "")
+        assert err.startswith(f"Error: the metadata of {path} cannot be read")
+
+
+def no_module():
+    return 3
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        ("tests.cases", "'tests.cases' is not of the form package.module:name."),
+        ("tests.nowhere:mlp", "'tests.nowhere:mlp': No module named 'tests.nowhere'; it is looked for in "),
+        ("tests.cases:nothing", "'tests.cases:nothing': the module has nothing of that name."),
+        ("tests.cases:CASES", "'tests.cases:CASES': the module has a list there, no function."),
+        (f"{__name__}:no_module", "--model must name a torch.nn.Module or what makes one; it made 3."),
+        ("torch.nn:Identity", "the model has no '0.weight', which the run at "),
+    ],
+)
+def test_a_model_that_is_none_is_misuse(model, message, intact):
+    code, out, err = call("verify", intact, "--model", model)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_what_is_no_run_is_misuse(tmp_path):
+    assert call("info", tmp_path / "nowhere")[0] == 2
+    for command in ("info", "verify"):
+        code, out, err = call(command, tmp_path)
+        assert (code, out) == (2, "")
+        assert err.startswith(f"Error: {tmp_path} is not a recorded run: it has no commit.json.")
+
+
+def losses(model, batch):
+    return model(batch).square().sum(dim=1)
+
+
+def test_an_objective_is_asked_for_and_used(tmp_path):
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with explaind.trace(model, optimizer, tmp_path / "run.zarr", objective=losses) as recorder:
+        for batch in recorder.batches(DataLoader(torch.eye(2))):
+            optimizer.zero_grad()
+            losses(model, batch).sum().backward()
+            optimizer.step()
+    arguments = ("verify", tmp_path / "run.zarr", "--model", f"{__name__}:linear")
+    code, _, err = call(*arguments)
+    assert code == 2
+    assert "name the function with --objective module:name" in err
+    code, out, _ = call(*arguments, "--objective", f"{__name__}:losses")
+    assert code == 0
+    assert "updates:   2 of 2 bit for bit" in out
+
+
+def linear():
+    return torch.nn.Linear(2, 1)
+
+
+def test_the_program_runs_and_is_quick_where_it_need_not_compute(intact):
+    run = [sys.executable, "-X", "importtime", "-m", "explaind"]
+    for arguments in (["--help"], ["info", intact]):
+        done = subprocess.run([*run, *arguments], capture_output=True, text=True, check=True)
+        assert "torch" not in done.stderr
+    assert done.stdout == f"{store_info(intact)}\n"
+    failed = subprocess.run([*run[:1], "-m", "explaind", "verify", intact.parent], capture_output=True, text=True)
+    assert failed.returncode == 2
+    assert failed.stderr.startswith("Error: ")
