@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from explaind import averages, errors, optimizers, outputs, quadrature
     from explaind.attribution import Attribution, Closure
+    from explaind.checkpoints import from_checkpoints
     from explaind.query import Query
     from explaind.recording.recorder import Recorder, trace
     from explaind.run import Run, open_run
@@ -22,6 +23,7 @@ __all__ = [  # record
 ]
 __all__ += [  # open
     "Run",
+    "from_checkpoints",
     "open_run",
 ]
 __all__ += [  # attribute
@@ -42,6 +44,7 @@ _HOMES = {
     "Query": "explaind.query",
     "Recorder": "explaind.recording.recorder",
     "Run": "explaind.run",
+    "from_checkpoints": "explaind.checkpoints",
     "open_run": "explaind.run",
     "trace": "explaind.recording.recorder",
 }

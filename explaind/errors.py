@@ -6,6 +6,7 @@ __all__ = [
     "ExplaindError",
     "ModelMismatchError",
     "NonFiniteError",
+    "NotRecordedError",
     "RecordingError",
     "ReplayWarning",
     "ResultTooLargeError",
@@ -43,6 +44,10 @@ class DamagedStoreError(ExplaindError, OSError):
 
 class ModelMismatchError(ExplaindError, ValueError):
     """The model given to read a run is not the model that was recorded."""
+
+
+class NotRecordedError(ExplaindError, LookupError):
+    """Something was asked of a run that was never recorded of it."""
 
 
 class UnknownUpdateRuleError(ExplaindError, NotImplementedError):

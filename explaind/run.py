@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from explaind.record import Record
+from explaind.store import StoreReader
 
 if TYPE_CHECKING:
     from explaind.attribution import Attribution
@@ -47,7 +48,12 @@ def open_run(
         DamagedStoreError: the store's metadata cannot be read.
         ModelMismatchError: the model's parameters or modules are not those recorded.
     """
-    return Run(Path(store), model, objective)
+    path = Path(store)
+    if "checkpoints" in StoreReader(path).attributes:
+        from explaind.checkpoints import CheckpointRun
+
+        return CheckpointRun(path, model)
+    return Run(path, model, objective)
 
 
 class Run(Record):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from explaind.parameters import named_dtype
 
-__all__ = ["FixedTensors", "decode_fixed", "fixed_bytes", "fixed_tensors", "module_types"]
+__all__ = [
+    "FixedTensors",
+    "decode_fixed",
+    "encode_fixed",
+    "fixed_bytes",
+    "fixed_layout",
+    "fixed_tensors",
+    "module_types",
+]
 
 
 def fixed_tensors(model: nn.Module, tracked: Collection[str]) -> dict[str, Tensor]:
@@ -31,10 +39,7 @@ class FixedTensors:
 
     def __init__(self, model: nn.Module, tracked: Collection[str]) -> None:
         self._model, self._tracked = model, tracked
-        self.layout = [
-            {"name": name, "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")}
-            for name, t in fixed_tensors(model, tracked).items()
-        ]
+        self.layout = fixed_layout(fixed_tensors(model, tracked))
         """Names, shapes and types, in the order of the bytes."""
         self._version = -1
         self._last: NDArray[np.uint8] | None = None
@@ -44,9 +49,7 @@ class FixedTensors:
         """Number of the current version, and its bytes `[1, byte]` if it is a new one."""
         if not self.layout:
             return 0, None
-        tensors = list(fixed_tensors(self._model, self._tracked).values())
-        parts = [t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in tensors]
-        now = torch.cat(parts).numpy()
+        now = encode_fixed(fixed_tensors(self._model, self._tracked))
         if self._last is not None and np.array_equal(now, self._last):
             return self._version, None
         self._last = now
@@ -68,6 +71,21 @@ class FixedTensors:
     def forget(self) -> None:
         """Keep only the last version at hand."""
         self._recent = {version: raw for version, raw in self._recent.items() if version == self._version}
+
+
+def fixed_layout(tensors: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """Names, shapes and types of tensors, in the order of their bytes."""
+    return [
+        {"name": name, "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")}
+        for name, t in tensors.items()
+    ]
+
+
+def encode_fixed(tensors: Mapping[str, Tensor]) -> NDArray[np.uint8]:
+    """The bytes of tensors, one after the other."""
+    parts = [t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in tensors.values()]
+    encoded: NDArray[np.uint8] = torch.cat(parts).numpy()
+    return encoded
 
 
 def fixed_bytes(entry: dict[str, Any]) -> int:
