@@ -59,6 +59,17 @@ def _imported(ctx: click.Context, param: click.Parameter, value: str | None) -> 
     return found
 
 
+def _stretch(ctx: click.Context, param: click.Parameter, value: str | None) -> slice | None:
+    """Successive steps, given as Python's `first:stop`."""
+    if value is None:
+        return None
+    try:
+        first, stop = (int(part) if part else None for part in value.split(":"))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not of the form first:stop, such as 100:200.", ctx, param) from None
+    return slice(first, stop)
+
+
 _run = click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
@@ -146,6 +157,29 @@ def verify(run: Path, model: Callable[..., Any] | None, objective: Callable[...,
             click.echo(report)
     if failure is not None:
         raise failure
+
+
+@main.command()
+@_run
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--steps",
+    callback=_stretch,
+    metavar="FIRST:STOP",
+    help="The steps from FIRST to before STOP, as in Python; by default all.",
+)
+def export(run: Path, out: Path, steps: slice | None) -> None:
+    """Write some of the steps of RUN to a run of their own, the new directory OUT."""
+    from explaind.run import open_run
+
+    opened = open_run(run)
+    try:
+        opened.export(out, steps=steps, progress=True)
+    except ExplaindError:
+        raise
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--steps") from error
+    click.echo(f"{open_run(out).num_steps:,} steps are in {out}")
 
 
 def _opened(run: Path, model: Callable[..., Any] | None, objective: Callable[..., Any] | None) -> Run:

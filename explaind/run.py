@@ -263,11 +263,52 @@ class Run(Record):
 
         return store_info(self.path)
 
+    def export(self, path: str | Path, *, steps: slice | range | None = None, progress: bool = False) -> None:
+        """Write some of the steps to a store of their own, numbered from 0; bit for bit what is recorded of them.
+
+        Examples keep their ids. Momentum that the optimizer had before the first of the steps is in the term `other` of
+        the new run. Its `metadata` say as `exported_from` which steps they are.
+
+        Args:
+            path: directory of the new store.
+            steps: successive steps, such as `slice(100, 200)`; by default all.
+            progress: show a progress bar if that takes longer than a second.
+
+        Raises:
+            StoreExistsError: something is at `path` already.
+            ValueError: the steps are none, not in the run, or not successive.
+            DamagedStoreError: what is recorded of them is missing or fails its checksum. Nothing is left at `path`.
+        """
+        from explaind.export import export
+
+        export(self._store, Path(path), steps=successive_steps(steps, self.num_steps), progress=progress)
+
     def verify(self, *, progress: bool = False) -> VerifyReport:
         """Replay every step and compare with the record; see `explaind.path.verify.verify`."""
         from explaind.path.verify import verify
 
         return verify(self, progress=progress)
+
+
+def successive_steps(steps: slice | range | None, num_steps: int) -> range:
+    """Steps of a run from one to another.
+
+    Raises:
+        ValueError: they are none, some are not in the run, or they are not successive.
+
+    Example:
+        >>> successive_steps(slice(-2, None), num_steps=10)
+        range(8, 10)
+    """
+    if steps is None:
+        steps = slice(None)
+    chosen = range(*steps.indices(num_steps)) if isinstance(steps, slice) else steps
+    beyond = max(chosen.stop, *(bound or 0 for bound in (steps.start, steps.stop)))
+    if not (chosen.step == 1 and 0 <= chosen.start < chosen.stop and beyond <= num_steps):
+        raise ValueError(
+            f"steps= are successive ones out of 0 to {num_steps - 1}, such as slice(0, {num_steps}); got {steps!r}."
+        )
+    return chosen
 
 
 def default_layers(names: Iterable[str]) -> dict[str, list[str]]:

@@ -167,6 +167,25 @@ def test_an_objective_is_asked_for_and_used(tmp_path):
     assert "updates:   2 of 2 bit for bit" in out
 
 
+@pytest.mark.parametrize("steps, num", [("2:5", 3), (":-1", 5), ("4:", 2), (None, 6)])
+def test_steps_are_exported(steps, num, intact, tmp_path):
+    out = tmp_path / "part.zarr"
+    options = () if steps is None else ("--steps", steps)
+    assert call("export", intact, out, *options) == (0, f"{num} steps are in {out}\n", "")
+    assert explaind.open_run(out).num_steps == num
+    code, _, err = call("export", intact, out, *options)
+    assert code == 2
+    assert "exists already" in err
+
+
+@pytest.mark.parametrize("steps", ["3", "1:2:3", "a:b", "5:2", "3:9"])
+def test_steps_that_are_none_are_misuse(steps, intact, tmp_path):
+    code, out, err = call("export", intact, tmp_path / "part.zarr", "--steps", steps)
+    assert (code, out) == (2, "")
+    assert "--steps" in err
+    assert not (tmp_path / "part.zarr").exists()
+
+
 def linear():
     return torch.nn.Linear(2, 1)
 
