@@ -48,7 +48,9 @@ def find_damage(store: StoreReader, *, progress: bool = False) -> Iterator[Damag
             chunks += [(name, index) for index in range(store.layout(name).num_chunks)]
         except DamagedStoreError as error:
             yield Damage(array=name, file=f"{name}/zarr.json", steps=None, problem=str(error))
-    for name, index in tqdm(chunks, desc="read", unit="chunk", disable=None if progress else True, delay=1):
+    for name, index in tqdm(
+        chunks, desc="read", unit="chunk", disable=None if progress else True, delay=1, leave=False
+    ):
         layout = store.layout(name)
         first = index * layout.chunk_rows
         stop = min(first + layout.chunk_rows, layout.shape[0])

@@ -31,9 +31,9 @@ def export(store: StoreReader, path: Path, *, steps: range, progress: bool) -> N
     lengths = {layout.dims[0]: len(selection.rows[layout.dims[0]]) for layout in layouts.values()}
     with new_store(path) as unfinished:
         zarr.create_group(unfinished, attributes=store.attributes | selection.attributes)
-        for name, layout in tqdm(
-            layouts.items(), desc="export", unit="array", disable=None if progress else True, delay=1
-        ):
+        hidden = None if progress else True
+        for name in tqdm(layouts, desc="export", unit="array", disable=hidden, delay=1, leave=False):
+            layout = layouts[name]
             like = np.empty((0, *layout.shape[1:]), layout.dtype)
             array = GrowingArray(unfinished, name, layout.dims, like, layout.chunk_rows)
             at_once = max(1, _BLOCK_BYTES * layout.shape[0] // max(1, layout.num_bytes))
