@@ -104,6 +104,7 @@ def _write(path: Path, sources: list[str | Path | Mapping[str, Tensor]], model: 
         "group_keys": [],
         "device": "cpu",
         "example_grads": "replayed",
+        "snapshot_every": 1,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "metadata": {},
     }
@@ -115,13 +116,15 @@ def _write(path: Path, sources: list[str | Path | Mapping[str, Tensor]], model: 
             for parameter in table:
                 if not bool(found[parameter.name].isfinite().all()):
                     raise NonFiniteError(f"the parameter '{parameter.name}' has NaN or infinite entries in {name}.")
-            rows: list[Rows] = [("params", table.flatten(found).numpy()[None], ("snapshot", "element"))]
+            rows: list[Rows] = []
             if fixed:
                 now = encode_fixed({name: found[name] for name in fixed})
                 if last is None or not np.array_equal(now, last):
                     last, version = now, version + 1
                     rows.append(("fixed", now[None], ("fixed_version", "fixed_byte")))
-                rows.append(("snapshot_fixed", np.array([version]), ("snapshot",)))
+            rows.append(("moment_fixed", np.array([max(version, 0)]), ("moment",)))
+            rows.append(("snapshot_step", np.array([number]), ("snapshot",)))
+            rows.append(("params", table.flatten(found).numpy()[None], ("snapshot", "element")))
             if number:
                 rows.append(("loss", np.array([np.nan]), ("step",)))
                 rows.append(("updated", np.zeros((1, len(table)), np.bool_), ("step", "parameter")))
@@ -156,6 +159,11 @@ class CheckpointRun(Run):
                 }
             )
         return pd.DataFrame(records, index=pd.RangeIndex(self.num_steps, name="step"))
+
+    @property
+    def replays_gradients(self) -> bool:
+        """Nothing is replayed."""
+        return False
 
     def require_rules(self) -> Never:
         """Not known; see `Record.require_rules`."""

@@ -71,6 +71,18 @@ def _stretch(ctx: click.Context, param: click.Parameter, value: str | None) -> s
 
 
 _run = click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+_model = click.option(
+    "--model",
+    callback=_imported,
+    metavar="MODULE:NAME",
+    help="Function that makes the recorded model, such as package.module:make_model.",
+)
+_objective = click.option(
+    "--objective",
+    callback=_imported,
+    metavar="MODULE:NAME",
+    help="The function that explaind.trace was given as objective, if it was.",
+)
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
@@ -101,19 +113,8 @@ def info(run: Path, as_json: bool) -> None:
 
 @main.command()
 @_run
-@click.option(
-    "--model",
-    callback=_imported,
-    metavar="MODULE:NAME",
-    help="Function that makes the recorded model, or the model itself, such as package.module:make_model. With it, "
-    "every step is replayed, too.",
-)
-@click.option(
-    "--objective",
-    callback=_imported,
-    metavar="MODULE:NAME",
-    help="The function that explaind.trace was given as objective, if it was.",
-)
+@_model
+@_objective
 @_json
 def verify(run: Path, model: Callable[..., Any] | None, objective: Callable[..., Any] | None, as_json: bool) -> None:
     """Check every chunk of every array of RUN against its checksum.
@@ -168,17 +169,36 @@ def verify(run: Path, model: Callable[..., Any] | None, objective: Callable[...,
     metavar="FIRST:STOP",
     help="The steps from FIRST to before STOP, as in Python; by default all.",
 )
-def export(run: Path, out: Path, steps: slice | None) -> None:
+@click.option(
+    "--every",
+    type=click.IntRange(min=2),
+    metavar="K",
+    help="Store only the parameters before every K-th step; the steps between are replayed when they are read. This "
+    "takes --model, and as long as verifying.",
+)
+@_model
+@_objective
+def export(
+    run: Path,
+    out: Path,
+    steps: slice | None,
+    every: int | None,
+    model: Callable[..., Any] | None,
+    objective: Callable[..., Any] | None,
+) -> None:
     """Write some of the steps of RUN to a run of their own, the new directory OUT."""
-    from explaind.run import open_run
+    from explaind.run import open_run, successive_steps
 
-    opened = open_run(run)
+    if every is not None and model is None:
+        raise click.UsageError("--every replays the steps, which takes --model module:name.")
+    opened = _opened(run, model, objective)
     try:
-        opened.export(out, steps=steps, progress=True)
-    except ExplaindError:
-        raise
+        chosen = successive_steps(steps, opened.num_steps)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--steps") from error
+    if model is None and opened.replays_gradients:
+        raise click.UsageError("not all moments of the run are stored, and replaying them takes --model module:name.")
+    opened.export(out, steps=chosen, every=every, progress=True)
     click.echo(f"{open_run(out).num_steps:,} steps are in {out}")
 
 

@@ -13,6 +13,14 @@ from explaind.store import StoreReader
 
 __all__ = ["Damage", "find_damage"]
 
+_STEPS = {
+    "snapshot": "snapshot_step",
+    "state_snapshot": "state_step",
+    "stored_gradient": "gradient_step",
+    "call": "call_step",
+}
+"""Arrays that say of which step an entry along a dimension is."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Damage:
@@ -23,7 +31,7 @@ class Damage:
     file: str
     """The file, below the store's directory."""
     steps: tuple[int, int] | None
-    """First and last step that need what is lost; None if it is not only some of them, or if that cannot be told."""
+    """First and last step that what is lost is of, or from before; None if that is none or cannot be told."""
     problem: str
     """What is wrong, in words."""
 
@@ -63,12 +71,12 @@ def find_damage(store: StoreReader, *, progress: bool = False) -> Iterator[Damag
 
 
 def _steps(store: StoreReader, dimension: str, first: int, last: int) -> tuple[int, int] | None:
-    """The steps that entries along a growing dimension belong to; `call` and `row` have an order, by step."""
-    if dimension == "step":
+    """The steps that entries along a growing dimension belong to; all that have some are ordered by step."""
+    if dimension in ("step", "moment") or (dimension == "snapshot" and not store.has("snapshot_step")):
         return first, last
     try:
-        if dimension == "call":
-            steps = store.read("call_step")
+        if dimension in _STEPS:
+            steps = store.read(_STEPS[dimension])
         elif dimension == "row":
             steps = np.repeat(store.read("call_step"), store.read("call_rows"))
         else:

@@ -1,112 +1,173 @@
-"""Some steps of a run as a run of their own."""
+"""Some steps of a run as a run of their own, with the moments stored that are stored of it, or with fewer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import math
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import zarr
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from explaind.recording.chunks import GrowingArray
-from explaind.store import Commit, StoreReader
+from explaind.errors import StoreFormatError
+from explaind.kept import Kept, as_stored, recorded_params, thinned
+from explaind.record import Record
+from explaind.recording.chunks import GrowingArray, rows_of_a_chunk
+from explaind.recording.host import machine
+from explaind.recording.snapshots import digests
+from explaind.recording.state import is_state
+from explaind.store import FORMAT_VERSION, Commit, Layout, StoreReader
 from explaind.stream import new_store
+from explaind.stretch import Stretch, stretch
 
 __all__ = ["export"]
 
 _BLOCK_BYTES = 4 << 20
 
-Index = NDArray[np.int64]
 
-
-def export(store: StoreReader, path: Path, *, steps: range, progress: bool) -> None:
-    """Write some steps of a store to a new one; see `Run.export`."""
-    selection = _select(store, steps)
-    layouts = {name: store.layout(name) for name in store.commit.arrays}
-    layouts = {name: layout for name, layout in layouts.items() if layout.dims[0] in selection.rows}
-    lengths = {layout.dims[0]: len(selection.rows[layout.dims[0]]) for layout in layouts.values()}
+def export(record: Record, store: StoreReader, path: Path, *, steps: range, every: int | None, progress: bool) -> None:
+    """Write some steps of a record to a new store; see `Run.export`."""
+    found, kept = stretch(store, steps), None
+    attributes = store.attributes | found.attributes
+    if every is not None:
+        if attributes["explaind_format"] < 2:
+            raise StoreFormatError(f"{store.path} has format 1, of which all moments are stored: leave out every=.")
+        kept = thinned(record, store, steps, every, progress=progress)
+        attributes |= _replayed_here(every) | {"threads": attributes.get("threads", torch.get_num_threads())}
+    elif store.has("snapshot_step"):
+        kept = as_stored(store, steps)
     with new_store(path) as unfinished:
-        zarr.create_group(unfinished, attributes=store.attributes | selection.attributes)
-        hidden = None if progress else True
-        for name in tqdm(layouts, desc="export", unit="array", disable=hidden, delay=1, leave=False):
+        zarr.create_group(unfinished, attributes=attributes)
+        new = _NewStore(unfinished)
+        for name in tqdm(
+            _copied(store, found, kept),
+            desc="export",
+            unit="array",
+            disable=None if progress else True,
+            delay=1,
+            leave=False,
+        ):
+            layout = store.layout(name)
+            blocks = found.blocks(store, name, layout.dims[0], _rows_at_once([layout]))
+            if kept is not None and name == "snapshot_fixed":  # as it is called until format 2
+                name, layout = "moment_fixed", replace(layout, dims=("moment",))
+            new.add(name, layout, blocks)
+        if kept is not None:
+            _add_moments(new, record, store, kept, steps)
+        new.commit()
+
+
+def _copied(store: StoreReader, found: Stretch, kept: Kept | None) -> list[str]:
+    """The arrays of which rows are copied as they are."""
+    names = [name for name in store.commit.arrays if store.layout(name).dims[0] in found.rows]
+    if kept is not None:
+        own = {"params"} if kept.gradients is None else {"params", "gradient"}
+        names = [name for name in names if name not in own and not is_state(name)]
+    return names
+
+
+def _replayed_here(every: int) -> dict[str, Any]:
+    """What a store says of moments that were found to be replayed here."""
+    return {
+        "explaind_format": FORMAT_VERSION,
+        "snapshot_every": every,
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "machine": machine(),
+    }
+
+
+def _add_moments(new: _NewStore, record: Record, store: StoreReader, kept: Kept, steps: range) -> None:
+    """Add what is stored of some moments only."""
+
+    def params(name: str, step: int) -> NDArray[Any]:
+        return recorded_params(record, store, step)[None]
+
+    def state(name: str, step: int) -> NDArray[Any]:
+        found = record.state_row(name, step)
+        if found is None:
             layout = layouts[name]
-            like = np.empty((0, *layout.shape[1:]), layout.dtype)
-            array = GrowingArray(unfinished, name, layout.dims, like, layout.chunk_rows)
-            at_once = max(1, _BLOCK_BYTES * layout.shape[0] // max(1, layout.num_bytes))
-            for rows in selection.blocks(store, name, layout.dims[0], at_once):
-                array.append(rows)
+            found = np.full((1, *layout.shape[1:]), np.nan if name.startswith("state_scalar/") else 0, layout.dtype)
+        return found
+
+    def gradient(name: str, step: int) -> NDArray[Any]:
+        return record.flat_gradient(step).numpy()[None]
+
+    new.add_steps("snapshot", kept.params, {"params": store.layout("params")}, params)
+    new.add_values("snapshot_step", np.array(kept.params) - steps.start, "snapshot")
+    if kept.states:
+        layouts = {name: store.layout(name) for name in store.commit.arrays if is_state(name)}
+        new.add_steps("state_snapshot", kept.states, layouts, state)
+        new.add_values("state_step", np.array(kept.states) - steps.start, "state_snapshot")
+    if kept.gradients:
+        new.add_steps("stored_gradient", kept.gradients, {"gradient": store.layout("params")}, gradient)
+        new.add_values("gradient_step", np.array(kept.gradients) - steps.start, "stored_gradient")
+    if kept.gradients is not None and not store.has("digest"):
+        every = range(steps.start, steps.stop + 1)
+        own = np.stack([digests(record.table, recorded_params(record, store, step)) for step in every])
+        new.add_values("digest", own, "moment", "parameter")
+
+
+class _NewStore:
+    """Writes arrays, each from its first row to its last, and then their commit."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._arrays, self._lengths = path, list[str](), dict[str, int]()
+
+    def add(self, name: str, layout: Layout, blocks: Iterable[NDArray[Any]]) -> None:
+        """Write an array that has the rows of these blocks."""
+        array = self._begun(name, layout.dims, np.empty((0, *layout.shape[1:]), layout.dtype), layout.chunk_rows)
+        for rows in blocks:
+            array.append(rows)
+        self._finish(layout.dims[0], [array])
+
+    def add_values(self, name: str, values: NDArray[Any], *dims: str) -> None:
+        """Write an array whose rows are at hand."""
+        array = self._begun(name, dims, values[:0], rows_of_a_chunk(values, len(values)))
+        array.append(values)
+        self._finish(dims[0], [array])
+
+    def add_steps(
+        self,
+        dimension: str,
+        steps: Sequence[int],
+        layouts: Mapping[str, Layout],
+        row: Callable[[str, int], NDArray[Any]],
+    ) -> None:
+        """Write arrays with a row for each of some steps; `row` makes it, `[1, …]`, of an array at a step."""
+        arrays = {
+            name: self._begun(
+                name, (dimension, *own.dims[1:]), np.empty((0, *own.shape[1:]), own.dtype), own.chunk_rows
+            )
+            for name, own in layouts.items()
+        }
+        at_once = _rows_at_once(layouts.values())
+        for start in range(0, len(steps), at_once):
+            rows = [{name: row(name, step) for name in arrays} for step in steps[start : start + at_once]]
+            for name, array in arrays.items():
+                array.append(*(each[name] for each in rows))
+        self._finish(dimension, arrays.values())
+
+    def commit(self) -> None:
+        """Say that all is written."""
+        Commit(lengths=self._lengths, arrays=sorted(self._arrays), complete=True).write(self._path)
+
+    def _begun(self, name: str, dims: tuple[str, ...], like: NDArray[Any], chunk_rows: int) -> GrowingArray:
+        self._arrays.append(name)
+        return GrowingArray(self._path, name, dims, like, chunk_rows)
+
+    def _finish(self, dimension: str, arrays: Iterable[GrowingArray]) -> None:
+        for array in arrays:
             array.trim()
-        Commit(lengths=lengths, arrays=list(layouts), complete=True).write(unfinished)
+            self._lengths[dimension] = array.length
 
 
-@dataclass(frozen=True)
-class _Selection:
-    """What of a store belongs to some of its steps."""
-
-    rows: dict[str, Index] = field(default_factory=dict)
-    """The rows to take along each growing dimension, in their new order."""
-    values: dict[str, NDArray[Any]] = field(default_factory=dict)
-    """All rows of the arrays that point to steps or to other rows, which have new numbers."""
-    attributes: dict[str, Any] = field(default_factory=dict)
-    """What the new run says of itself that the old one does not."""
-
-    def blocks(self, store: StoreReader, name: str, dimension: str, at_once: int) -> Iterator[NDArray[Any]]:
-        """The rows of an array, not more at once than so many."""
-        if name in self.values:
-            yield self.values[name]
-            return
-        rows = self.rows[dimension]
-        for stretch in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
-            for start in range(0, len(stretch), at_once):
-                block = stretch[start : start + at_once]
-                yield store.read(name, int(block[0]), int(block[-1]) + 1)
-
-
-def _select(store: StoreReader, steps: range) -> _Selection:
-    first, stop, selection = steps.start, steps.stop, _Selection()
-    selection.rows["step"] = np.arange(first, stop)
-    selection.rows["snapshot"] = np.arange(first, stop + 1)
-    if store.has("call_step"):
-        _select_calls(store, steps, selection)
-    if store.has("fixed"):
-        pointing = {"snapshot_fixed": slice(first, stop + 1)}
-        if store.has("call_fixed"):
-            calls = selection.rows["call"]
-            pointing["call_fixed"] = slice(int(calls[0]), int(calls[-1]) + 1) if len(calls) else slice(0, 0)
-        old = {name: store.read(name, rows.start, rows.stop) for name, rows in pointing.items()}
-        versions = np.unique(np.concatenate(list(old.values())))
-        selection.rows["fixed_version"] = versions
-        selection.values.update({name: np.searchsorted(versions, numbers) for name, numbers in old.items()})
-    notes = store.attributes.get("metadata", {})
-    selection.attributes["metadata"] = notes | {"exported_from": {"run": store.path.name, "steps": [first, stop]}}
-    if "checkpoints" in store.attributes:
-        selection.attributes["checkpoints"] = store.attributes["checkpoints"][first : stop + 1]
-    return selection
-
-
-def _select_calls(store: StoreReader, steps: range, selection: _Selection) -> None:
-    """The calls of the steps, their rows, and the inputs that these use."""
-    call_step, counts = store.read("call_step"), store.read("call_rows")
-    first, stop = np.searchsorted(call_step, [steps.start, steps.stop]).tolist()
-    kinds = store.read("call_kind") if store.has("call_kind") else np.zeros_like(call_step)  # format 1 has one
-    before, within = int(counts[:first].sum()), int(counts[first:stop].sum())
-    selection.rows["call"] = np.arange(first, stop)
-    selection.values["call_step"] = call_step[first:stop] - steps.start
-    selection.rows["row"] = np.arange(before, before + within)
-    layouts = np.array([kind["inputs"] for kind in store.attributes.get("call_kinds", [])] or [0])
-    for kind in range(len(layouts)):
-        start, size = (int(counts[part][kinds[part] == kind].sum()) for part in (slice(first), slice(first, stop)))
-        selection.rows[f"row_of_kind_{kind}"] = np.arange(start, start + size)
-    row_layouts = np.repeat(layouts[kinds[first:stop]], counts[first:stop])
-    row_input, numbers = store.read("row_input", before, before + within), np.empty(within, np.int64)
-    for layout in range(int(layouts.max()) + 1):
-        members = row_layouts == layout
-        used, firsts, places = np.unique(row_input[members], return_index=True, return_inverse=True)
-        order = np.argsort(firsts)  # as they are first used
-        selection.rows[f"input_{layout}" if layout else "input"] = used[order]
-        numbers[members] = np.argsort(order)[places]
-    selection.values["row_input"] = numbers
+def _rows_at_once(layouts: Iterable[Layout]) -> int:
+    """How many rows of arrays fit in a block."""
+    row_bytes = sum(np.dtype(layout.dtype).itemsize * math.prod(layout.shape[1:]) for layout in layouts)
+    return max(1, _BLOCK_BYTES // max(1, row_bytes))

@@ -96,6 +96,8 @@ class StoreInfo:
     """Whether the recording has ended; if not, it goes on, or was killed."""
     num_steps: int
     """Number of whole steps that are published."""
+    snapshot_every: int
+    """Number of steps from one stored snapshot of the parameters to the next."""
     num_examples: int | None
     """Number of distinct examples in these steps; None if damage keeps from counting them."""
     model: str
@@ -152,7 +154,8 @@ class StoreInfo:
         return str(self)
 
     def __str__(self) -> str:
-        steps = f"{self.num_steps:,}" + ("" if self.complete else " so far (still recording, or interrupted)")
+        some = f" (parameters stored before one in {self.snapshot_every:,})" if self.snapshot_every > 1 else ""
+        steps = f"{self.num_steps:,}" + some + ("" if self.complete else " so far (still recording, or interrupted)")
         examples = "unknown, their ids are damaged" if self.num_examples is None else f"{self.num_examples:,}"
         facts = {
             "run": f"{self.path} (format {self.format_version})",

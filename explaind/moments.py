@@ -119,6 +119,13 @@ class Moments:
                 self._reach(step + 1)  # so that it is known to lead there
             return self._known_gradients[step].detach()
 
+    def state_row(self, name: str, step: int) -> NDArray[Any] | None:
+        """The row `[1, …]` of an array of state before a step; None if a replay had nothing for it."""
+        if step in self._states:
+            place = self._states[step]
+            return self._store.read(name, place, place + 1)
+        return self._at(step).state.rows.get(name)
+
     # ------------------------------------------------------------------ replays
 
     def _at(self, step: int) -> _Replayed:
@@ -153,7 +160,7 @@ class Moments:
         assert self._replay is not None
         step, table = self._place, self._table
         self._place = -1  # if an error stops it
-        gradient = self.gradient(step) if step in self._gradients else self._replay_gradient(step)
+        gradient = self.gradient(step) if step in self._gradients else self.replayed_gradient(step)
         own = table.unflatten(gradient, trained_dtype=True)
         has = dict(zip(table.names, self._record.updated[step], strict=True))
         self._replay.step({name: gradient for name, gradient in own.items() if has[name]}, self._settings(step))
@@ -164,7 +171,8 @@ class Moments:
         if step + 1 not in self._states:
             _keep(self._known, step + 1, _Replayed(params, self._replay.state()), lambda moment: moment.num_bytes)
 
-    def _replay_gradient(self, step: int) -> Tensor:
+    def replayed_gradient(self, step: int) -> Tensor:
+        """What a replay of the recorded calls gives for G_step, `[element]`."""
         record, device = self._record, self._record.device_here
         trained = self._table.unflatten(self.params(step), trained_dtype=True)
         params = {name: tensor.to(device, copy=True).requires_grad_() for name, tensor in trained.items()}

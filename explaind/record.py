@@ -177,6 +177,16 @@ class Record(RecordedCalls):
         self._check_step(snapshot, self.num_steps)
         return self._moments.state(snapshot)
 
+    def state_row(self, name: str, snapshot: int) -> NDArray[Any] | None:
+        """The row `[1, …]` of an array of state before step `snapshot`; None if there is nothing to put in it."""
+        self._check_step(snapshot, self.num_steps)
+        return self._moments.state_row(name, snapshot)
+
+    def replayed_gradient(self, step: int) -> Tensor:
+        """What a replay of the recorded calls gives for G_step, `[element]`."""
+        self._check_step(step, self.num_steps - 1)
+        return self._moments.replayed_gradient(step)
+
     def settings(self, step: int, group: int) -> dict[str, Any]:
         """Hyperparameters of a parameter group at a step, with torch's names."""
         values = self._store.read("hyperparameters", step, step + 1)[0]

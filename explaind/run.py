@@ -263,7 +263,14 @@ class Run(Record):
 
         return store_info(self.path)
 
-    def export(self, path: str | Path, *, steps: slice | range | None = None, progress: bool = False) -> None:
+    def export(
+        self,
+        path: str | Path,
+        *,
+        steps: slice | range | None = None,
+        every: int | None = None,
+        progress: bool = False,
+    ) -> None:
         """Write some of the steps to a store of their own, numbered from 0; bit for bit what is recorded of them.
 
         Examples keep their ids. Momentum that the optimizer had before the first of the steps is in the term `other` of
@@ -272,16 +279,26 @@ class Run(Record):
         Args:
             path: directory of the new store.
             steps: successive steps, such as `slice(100, 200)`; by default all.
+            every: store only the parameters before every K-th of the steps, as `snapshot_every` of `explaind.trace`
+                does, and what replaying does not give bit for bit; this replays all of them. By default the new store
+                has what this one has.
             progress: show a progress bar if that takes longer than a second.
 
         Raises:
             StoreExistsError: something is at `path` already.
-            ValueError: the steps are none, not in the run, or not successive.
+            StoreFormatError: the steps cannot be replayed, so `every` is not possible.
+            ValueError: the steps are none, not in the run, or not successive; or they must be replayed, and the run was
+                opened without its model.
+            VerificationError: the first of them, or with `every` any, has to be replayed, which gives something else
+                here than where it was recorded.
             DamagedStoreError: what is recorded of them is missing or fails its checksum. Nothing is left at `path`.
         """
         from explaind.export import export
 
-        export(self._store, Path(path), steps=successive_steps(steps, self.num_steps), progress=progress)
+        if every is not None and (not isinstance(every, int) or every < 2):
+            raise ValueError(f"every= is a number of steps, at least 2; got {every!r}.")
+        chosen = successive_steps(steps, self.num_steps)
+        export(self, self._store, Path(path), steps=chosen, every=every, progress=progress)
 
     def verify(self, *, progress: bool = False) -> VerifyReport:
         """Replay every step and compare with the record; see `explaind.path.verify.verify`."""

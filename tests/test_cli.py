@@ -36,6 +36,10 @@ def call(*arguments):
     return result.exit_code, result.stdout, result.stderr
 
 
+def whole(path):
+    return f"6 steps in {len(store_info(path).arrays)} arrays, nothing is damaged\n"
+
+
 def flip(file):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -50,7 +54,7 @@ def test_info_prints_what_the_library_finds(intact):
 
 
 def test_a_whole_run_is_verified(intact):
-    assert call("verify", intact) == (0, "6 steps in 26 arrays, nothing is damaged\n", "")
+    assert call("verify", intact) == (0, whole(intact), "")
 
 
 def test_a_run_is_replayed_with_its_model(intact):
@@ -102,7 +106,7 @@ def test_an_update_that_does_not_replay_fails(path):
     (path / "zarr.json").write_text(json.dumps(metadata))
     code, out, err = call("verify", path, "--model", MODEL)
     assert code == 1
-    assert out == "6 steps in 26 arrays, nothing is damaged\n"
+    assert out == whole(path)
     assert "does not reach the recorded parameters" in err
     code, out, _ = call("verify", path, "--model", MODEL, "--json")
     assert code == 1
@@ -176,6 +180,19 @@ def test_steps_are_exported(steps, num, intact, tmp_path):
     code, _, err = call("export", intact, out, *options)
     assert code == 2
     assert "exists already" in err
+
+
+def test_a_run_is_thinned(intact, tmp_path):
+    out = tmp_path / "thin.zarr"
+    code, _, err = call("export", intact, out, "--every", 3)
+    assert code == 2
+    assert "--every replays the steps, which takes --model" in err
+    assert call("export", intact, out, "--every", 3, "--model", MODEL) == (0, f"6 steps are in {out}\n", "")
+    assert call("verify", out, "--model", MODEL)[0] == 0
+    code, _, err = call("export", out, tmp_path / "part.zarr", "--steps", "1:3")
+    assert code == 2
+    assert "not all moments of the run are stored" in err
+    assert call("export", out, tmp_path / "part.zarr", "--steps", "1:3", "--model", MODEL)[0] == 0
 
 
 @pytest.mark.parametrize("steps", ["3", "1:2:3", "a:b", "5:2", "3:9"])

@@ -23,7 +23,7 @@ from explaind.recording.optimizers import Optimizers
 from explaind.recording.writer import Rows
 from explaind.store import StoreReader
 
-__all__ = ["StateHistory", "StateRows", "StateSnapshot", "StateTypes", "read_state", "state_in_loop"]
+__all__ = ["StateHistory", "StateRows", "StateSnapshot", "StateTypes", "is_state", "read_state", "state_in_loop"]
 
 StateTypes = Mapping[str, Mapping[str, list[str]]]
 """`{state: {parameter: [type, place]}}` of what differs from `_usual`; the place is `"python"` for plain numbers."""
@@ -77,6 +77,11 @@ class StateSnapshot:
         """The state as `read_state` gives it."""
         keys = sorted(name.removeprefix("state_present/") for name in self.rows if name.startswith("state_present/"))
         return _decode(keys, lambda name: self.rows[name][0] if name in self.rows else None, table, types)
+
+
+def is_state(array: str) -> bool:
+    """Whether an array of this name holds optimizer state."""
+    return array.partition("/")[0] in ("state", "state_scalar", "state_shaped", "state_present")
 
 
 class StateRows:
