@@ -258,9 +258,9 @@ def test_a_digest_that_differs_is_noticed(tmp_path):
 
 def elsewhere(monkeypatch, factor):
     """As if the run had been recorded on another machine, where gradients come out a little different."""
-    replayed = moments.Moments._replay_gradient
+    replayed = moments.Moments.replayed_gradient
     monkeypatch.setattr(moments, "machine", lambda: "another one")
-    monkeypatch.setattr(moments.Moments, "_replay_gradient", lambda self, step: replayed(self, step) * factor)
+    monkeypatch.setattr(moments.Moments, "replayed_gradient", lambda self, step: replayed(self, step) * factor)
 
 
 def test_on_another_machine_a_replay_may_differ_by_rounding(tmp_path, monkeypatch):
