@@ -196,9 +196,15 @@ def export(
         chosen = successive_steps(steps, opened.num_steps)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--steps") from error
-    if model is None and opened.replays_gradients:
-        raise click.UsageError("not all moments of the run are stored, and replaying them takes --model module:name.")
-    opened.export(out, steps=chosen, every=every, progress=True)
+    try:
+        opened.export(out, steps=chosen, every=every, progress=True)
+    except ExplaindError:
+        raise
+    except ValueError as error:
+        if model is not None:
+            raise
+        message = "the first or the last of these steps has to be replayed, which takes --model module:name."
+        raise click.UsageError(message) from error
     click.echo(f"{open_run(out).num_steps:,} steps are in {out}")
 
 
