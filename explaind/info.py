@@ -166,13 +166,13 @@ class StoreInfo:
             "size": readable_size(self.stored_bytes),
         }
         lines = [f"{name + ':':<11}{value}" for name, value in facts.items()]
-        lines += ["", f"{'on disk':>10}{'share':>8}{'plain':>11}{'per step':>11}{'× 4·D':>8}  what"]
+        lines += ["", f"{'on disk':>10}{'share':>8}{'plain':>11}{'per step':>11}{'× 4·D':>10}  what"]
         lines += [
             f"{readable_size(kind.stored_bytes):>10}{kind.share:>8.1%}{readable_size(kind.plain_bytes):>11}"
-            f"{readable_size(kind.bytes_per_step):>11}{kind.vectors_per_step:>8.3g}  {kind.kind}"
+            f"{readable_size(kind.bytes_per_step):>11}{kind.vectors_per_step:>10.3g}  {kind.kind}"
             for kind in self.kinds
         ]
-        lines.append(f"{readable_size(self.metadata_bytes):>10}{'':>38}  descriptions of the arrays")
+        lines.append(f"{readable_size(self.metadata_bytes):>10}{'':>40}  descriptions of the arrays")
         if self.leftovers:
             lines += ["", "Not part of the run:" if self.complete else "Not part of the run, or not yet:"]
             lines += [
