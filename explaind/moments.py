@@ -8,6 +8,7 @@ replayed must agree with it.
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -64,7 +65,8 @@ class Moments:
     """
 
     def __init__(self, record: Record, store: StoreReader) -> None:
-        self._record, self._store, self._table = record, store, record.table
+        self._record = weakref.proxy(record)  # which has this, and much memory: both are to go at once
+        self._store, self._table = store, record.table
         every = np.arange(record.num_steps + 1)  # until format 2
         self._snapshots = self._places("snapshot_step", every)
         self._states = self._places("state_step", every)

@@ -76,7 +76,7 @@ def _measured(problem: Problem, path: Path, every: int, num_steps: int) -> list[
     reads = {
         "reading all parameters forward, per moment": statistics.mean(_forward(problem, path)),
         "reading moments with state and gradient in reverse, per moment": statistics.mean(_reverse(problem, path)),
-        "reading the parameters of one moment at random": statistics.median(
+        "reading the parameters of a moment at random": statistics.median(
             seconds(lambda step=step: _opened(problem, path).flat_params(step)) for step in chosen
         ),
     }
