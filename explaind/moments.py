@@ -65,7 +65,7 @@ class Moments:
     """
 
     def __init__(self, record: Record, store: StoreReader) -> None:
-        self._record = weakref.proxy(record)  # which has this, and much memory: both are to go at once
+        self._record: Record = weakref.proxy(record)  # which has this, and much memory: both are to go at once
         self._store, self._table = store, record.table
         every = np.arange(record.num_steps + 1)  # until format 2
         self._snapshots = self._places("snapshot_step", every)
@@ -115,7 +115,7 @@ class Moments:
         """G_step, `[element]`."""
         if step in self._gradients:
             place = self._gradients[step]
-            return torch.from_numpy(self._store.read("gradient", place, place + 1)[0])
+            return torch.from_numpy(self._store.read("gradient", place, place + 1)[0].copy())
         with self._lock:
             if step not in self._known_gradients:
                 self._reach(step + 1)  # so that it is known to lead there
@@ -193,7 +193,7 @@ class Moments:
 
     def _stored_params(self, step: int) -> Tensor:
         place = self._snapshots[step]
-        return torch.from_numpy(self._store.read("params", place, place + 1)[0])
+        return torch.from_numpy(self._store.read("params", place, place + 1)[0].copy())  # what is read is shared
 
     def _agreed(self, step: int, replayed: Tensor) -> Tensor:
         """What a replay gave, or what is stored in its place, as far as they agree.
