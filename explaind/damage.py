@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
+from explaind.commit import COMMIT_FILE
 from explaind.errors import DamagedStoreError
 from explaind.store import StoreReader
 
@@ -27,7 +28,7 @@ class Damage:
     """Something in a store that cannot be read."""
 
     array: str
-    """Name of the array."""
+    """Name of the array; empty if it is not one alone."""
     file: str
     """The file, below the store's directory."""
     steps: tuple[int, int] | None
@@ -50,6 +51,8 @@ def find_damage(store: StoreReader, *, progress: bool = False) -> Iterator[Damag
     Raises:
         StoreFormatError: the store was replaced by another one meanwhile.
     """
+    if store.lost is not None:
+        yield Damage(array="", file=COMMIT_FILE, steps=None, problem=store.lost)
     chunks = list[tuple[str, int]]()
     for name in store.commit.arrays:
         try:

@@ -3,6 +3,7 @@
 __all__ = [
     "ClosureError",
     "DamagedStoreError",
+    "DamagedStoreWarning",
     "ExplaindError",
     "ModelMismatchError",
     "NonFiniteError",
@@ -12,6 +13,7 @@ __all__ = [
     "ResultTooLargeError",
     "StoreExistsError",
     "StoreFormatError",
+    "StoreInUseError",
     "UnattributedWarning",
     "UnknownUpdateRuleError",
     "VerificationError",
@@ -32,6 +34,10 @@ class NonFiniteError(RecordingError, FloatingPointError):
 
 class StoreExistsError(ExplaindError, FileExistsError):
     """A recording was asked to write where something already is."""
+
+
+class StoreInUseError(ExplaindError, BlockingIOError):
+    """A recording was asked to write where another one is writing."""
 
 
 class StoreFormatError(ExplaindError, ValueError):
@@ -68,6 +74,10 @@ class VerificationError(ExplaindError, RuntimeError):
 
 class UnattributedWarning(UserWarning):
     """Much of what a decomposition explains came from no recorded example."""
+
+
+class DamagedStoreWarning(UserWarning):
+    """The newest steps of a run that was not closed are lost."""
 
 
 class ReplayWarning(UserWarning):

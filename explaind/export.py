@@ -11,18 +11,19 @@ from typing import Any
 
 import numpy as np
 import torch
-import zarr
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from explaind.commit import COMMIT_FILE, Commit
 from explaind.errors import StoreFormatError
 from explaind.kept import Kept, as_stored, recorded_params, thinned
 from explaind.record import Record
-from explaind.recording.chunks import GrowingArray, rows_of_a_chunk
+from explaind.recording.chunks import GrowingArray, describe, rows_of_a_chunk
+from explaind.recording.files import put
 from explaind.recording.host import machine
 from explaind.recording.snapshots import digests
 from explaind.recording.state import is_state
-from explaind.store import FORMAT_VERSION, Commit, Layout, StoreReader
+from explaind.store import FORMAT_VERSION, Layout, StoreReader
 from explaind.stream import new_store
 from explaind.stretch import Stretch, stretch
 
@@ -43,7 +44,7 @@ def export(record: Record, store: StoreReader, path: Path, *, steps: range, ever
     elif store.has("snapshot_step"):
         kept = as_stored(store, steps)
     with new_store(path) as unfinished:
-        zarr.create_group(unfinished, attributes=attributes)
+        describe(unfinished, attributes)
         new = _NewStore(unfinished)
         for name in tqdm(
             _copied(store, found, kept),
@@ -117,7 +118,7 @@ class _NewStore:
     """Writes arrays, each from its first row to its last, and then their commit."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._arrays, self._lengths = path, list[str](), dict[str, int]()
+        self._path, self._arrays, self._lengths = path, dict[str, GrowingArray](), dict[str, int]()
 
     def add(self, name: str, layout: Layout, blocks: Iterable[NDArray[Any]]) -> None:
         """Write an array that has the rows of these blocks."""
@@ -155,14 +156,17 @@ class _NewStore:
 
     def commit(self) -> None:
         """Say that all is written."""
-        Commit(lengths=self._lengths, arrays=sorted(self._arrays), complete=True).write(self._path)
+        tails: dict[str, int | None] = {name: array.tail for name, array in sorted(self._arrays.items())}
+        commit = Commit(lengths=self._lengths, arrays=tails, complete=True)
+        put(f"{self._path}/{COMMIT_FILE}", commit.to_json().encode())
 
     def _begun(self, name: str, dims: tuple[str, ...], like: NDArray[Any], chunk_rows: int) -> GrowingArray:
-        self._arrays.append(name)
-        return GrowingArray(self._path, name, dims, like, chunk_rows)
+        self._arrays[name] = GrowingArray(self._path, name, dims, like, chunk_rows)
+        return self._arrays[name]
 
     def _finish(self, dimension: str, arrays: Iterable[GrowingArray]) -> None:
         for array in arrays:
+            array.settle()
             array.trim()
             self._lengths[dimension] = array.length
 

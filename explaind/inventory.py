@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from explaind.commit import COMMIT_FILE
 from explaind.errors import DamagedStoreError
 from explaind.info import ArrayInfo, Leftover, StoreInfo
-from explaind.store import COMMIT_FILE, Layout, StoreReader
+from explaind.store import Layout, StoreReader, decoding
 
 __all__ = ["store_info"]
 
@@ -29,12 +30,10 @@ def store_info(path: Path) -> StoreInfo:
         DamagedStoreError: what describes the run as a whole cannot be read.
     """
     store = StoreReader(path)
-    attributes, damage = store.attributes, list[str]()
-    try:
+    attributes, damage = store.attributes, [] if store.lost is None else [store.lost]
+    with decoding("the attributes", path):
         sizes = [math.prod(map(int, parameter["shape"])) for parameter in attributes["parameters"]]
         optimizer = str(attributes["optimizer"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise DamagedStoreError(f"the attributes of {path} are incomplete: {error!r}") from error
     layouts = dict[str, Layout]()
     for name in store.commit.arrays:
         try:
@@ -112,7 +111,7 @@ def _sizes(directory: Path) -> Iterator[tuple[str, int]]:
             continue
 
 
-def _descriptions(arrays: list[str]) -> set[str]:
+def _descriptions(arrays: Iterable[str]) -> set[str]:
     """The files that describe the run, its arrays, and the groups that these are in."""
     places = {place for name in arrays for place in (PurePosixPath(name), *PurePosixPath(name).parents)}
     return {COMMIT_FILE} | {str(place / "zarr.json") for place in places}

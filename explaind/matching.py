@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from explaind.calls import CallKind, rebuild, tensor_names
 from explaind.errors import ModelMismatchError
 from explaind.parameters import ParameterTable, named_dtype
 from explaind.recording.fixed import fixed_tensors, module_types
 
-__all__ = ["check_model"]
+__all__ = ["check_calls", "check_model"]
 
 
 def check_model(
@@ -56,3 +59,27 @@ def check_model(
                 f"the module '{name}' is {given_type} in the model and {recorded_type} in the run at {path}. "
                 "Build the model as it was trained."
             )
+
+
+def check_calls(model: nn.Module, kinds: Iterable[CallKind], path: Path) -> None:
+    """The model's modules must take the arguments that they were recorded with.
+
+    Args:
+        model: the model that was given.
+        kinds: the ways in which its modules were called.
+        path: where the run is.
+
+    Raises:
+        ModelMismatchError: they do not.
+    """
+    for kind in kinds:
+        module = None if kind.part is None else model.get_submodule(kind.part)
+        if module is None or module._forward_pre_hooks:  # which may change the arguments
+            continue
+        args, kwargs = rebuild(kind.template, dict.fromkeys(tensor_names(kind.template), torch.empty(0)))
+        try:
+            inspect.signature(module.forward).bind(*args, **kwargs)
+        except TypeError as error:
+            raise ModelMismatchError(
+                f"{type(module).__name__}.forward cannot be called as it was in the run at {path}: {error}."
+            ) from error

@@ -30,6 +30,7 @@ from explaind.replay.batch import accumulate
 from explaind.replay.model import Forward, dense
 from explaind.replay.updates import UpdateReplay
 from explaind.rescaling import Rescaling
+from explaind.store import decoding
 
 if TYPE_CHECKING:
     from explaind.record import Record
@@ -71,6 +72,8 @@ class Moments:
         self._snapshots = self._places("snapshot_step", every)
         self._states = self._places("state_step", every)
         self._gradients = self._places("gradient_step", every if store.has_along("gradient", "step") else every[:0])
+        if not self._states.keys() <= self._snapshots.keys():
+            raise DamagedStoreError(f"{store.path} has the optimizer's state of moments without their parameters.")
         about = store.attributes
         same = about.get("machine") == machine() and about.get("versions", {}).get("torch") == torch.__version__
         self._is_elsewhere = not same
@@ -84,6 +87,8 @@ class Moments:
     def _places(self, name: str, otherwise: NDArray[np.int64]) -> dict[int, int]:
         """Where the row of each step is that an array has rows for."""
         steps = self._store.read(name) if self._store.has(name) else otherwise
+        if np.any(np.diff(steps, prepend=-1) <= 0):
+            raise DamagedStoreError(f"the steps in '{name}' of {self._store.path} do not ascend.")
         return {int(step): place for place, step in enumerate(steps)}
 
     @property
@@ -108,7 +113,8 @@ class Moments:
     def state(self, step: int) -> dict[str, dict[str, Tensor]]:
         """The optimizer's state before a step, as `read_state` gives it."""
         if step in self._states:
-            return read_state(self._store, self._table, self._states[step], self._record.state_types)
+            with decoding(f"the state before step {step}", self._record.path):
+                return read_state(self._store, self._table, self._states[step], self._record.state_types)
         return self._at(step).state.decoded(self._table, self._record.state_types)
 
     def gradient(self, step: int) -> Tensor:
@@ -139,7 +145,8 @@ class Moments:
 
     def _reach(self, step: int) -> None:
         """Replay the steps that lead to a moment, from the last one before it that is stored or known."""
-        start = max(before for before in chain(self._states, self._known) if before < step)
+        with decoding(f"what is stored before step {step}", self._record.path):
+            start = max(before for before in chain(self._states, self._known) if before < step)
         if not (self._replay is not None and start <= self._place < step):
             self._go_to(start)
         while self._place < step:
@@ -152,9 +159,9 @@ class Moments:
             self._replay = UpdateReplay.of(self._table, record.group_optimizers, record.device_here)
         if self._replay is None:
             raise DamagedStoreError(f"{record.path} does not have the optimizer's state before step {step}.")
-        self._replay.load(
-            self.params(step), self.state(step), record.state_types, self._settings(min(step, record.num_steps - 1))
-        )
+        params, state, settings = self.params(step), self.state(step), self._settings(min(step, record.num_steps - 1))
+        with decoding(f"the optimizer before step {step}", record.path):
+            self._replay.load(params, state, record.state_types, settings)
         self._place = step
 
     def _advance(self) -> None:
@@ -165,7 +172,9 @@ class Moments:
         gradient = self.gradient(step) if step in self._gradients else self.replayed_gradient(step)
         own = table.unflatten(gradient, trained_dtype=True)
         has = dict(zip(table.names, self._record.updated[step], strict=True))
-        self._replay.step({name: gradient for name, gradient in own.items() if has[name]}, self._settings(step))
+        settings = self._settings(step)
+        with decoding(f"the optimizer at step {step}", self._record.path):
+            self._replay.step({name: gradient for name, gradient in own.items() if has[name]}, settings)
         params = self._agreed(step + 1, self._replay.params)
         self._place = step + 1
         if step not in self._gradients:

@@ -113,8 +113,12 @@ class ParameterTable(Sequence[Parameter]):
 
     @classmethod
     def from_json(cls, rows: Iterable[Mapping[str, Any]]) -> ParameterTable:
-        """Read back what `to_json` wrote."""
-        return cls(
+        """Read back what `to_json` wrote.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is something else.
+        """
+        parameters = [
             Parameter(
                 name=str(row["name"]),
                 shape=tuple(int(size) for size in row["shape"]),
@@ -123,7 +127,15 @@ class ParameterTable(Sequence[Parameter]):
                 group=int(row["group"]),
             )
             for row in rows
-        )
+        ]
+        stop = 0
+        for parameter in parameters:
+            if min(parameter.shape, default=0) < 0 or parameter.offset != stop:
+                raise ValueError(f"'{parameter.name}' does not begin where the one before it ends, at {stop}")
+            stop += parameter.num_elements
+        if len({parameter.name for parameter in parameters}) < len(parameters):
+            raise ValueError("two parameters have the same name")
+        return cls(parameters)
 
     def __len__(self) -> int:
         return len(self._parameters)

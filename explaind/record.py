@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -13,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from explaind.errors import DamagedStoreError, StoreFormatError, UnknownUpdateRuleError
-from explaind.matching import check_model
+from explaind.description import check_description
+from explaind.errors import DamagedStoreWarning, StoreFormatError, UnknownUpdateRuleError
+from explaind.matching import check_calls, check_model
 from explaind.moments import Moments
 from explaind.optimizers import RULES, UpdateRule
 from explaind.parameters import ParameterTable
@@ -22,7 +24,7 @@ from explaind.recorded_calls import RecordedCalls
 from explaind.recording.fixed import decode_fixed
 from explaind.recording.groups import group_settings
 from explaind.recording.state import StateTypes
-from explaind.store import StoreReader
+from explaind.store import StoreReader, decoding
 
 __all__ = ["Record"]
 
@@ -36,7 +38,7 @@ class Record(RecordedCalls):
         store = StoreReader(path)
         store.check_arrays()
         attributes, commit = store.attributes, store.commit
-        try:
+        with decoding("the attributes", path):
             super().__init__(store, ParameterTable.from_json(attributes["parameters"]), commit.num_steps)
             self.optimizer: str = attributes["optimizer"]
             modules: dict[str, str] = attributes["modules"]
@@ -48,8 +50,7 @@ class Record(RecordedCalls):
             )
             self._group_types: list[dict[str, str]] = attributes.get("group_types", [{}] * len(self._group_constants))
             self.device = torch.device(attributes["device"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise DamagedStoreError(f"the attributes of {path} are incomplete: {error!r}") from error
+            check_description(store, self.table)
         self.path = path
         if self.num_steps < 1:
             reason = (
@@ -58,6 +59,8 @@ class Record(RecordedCalls):
                 else "It is still being recorded, or was stopped before its first step was written."
             )
             raise StoreFormatError(f"{path} has no finished optimizer step. {reason}")
+        if store.lost is not None:
+            warnings.warn(store.lost, DamagedStoreWarning, stacklevel=4)
         self.complete = commit.complete
         """Whether the recording ended in an orderly way; False while it goes on or if it was killed."""
         self.metadata: dict[str, Any] = attributes.get("metadata", {})
@@ -76,6 +79,7 @@ class Record(RecordedCalls):
             if not isinstance(model, nn.Module):
                 raise TypeError(f"model must be a torch.nn.Module such as make_model() returns; got {model!r}.")
             check_model(self.model, self.table, self._fixed_layout, modules, path)
+            check_calls(self.model, (kind for kind, _ in self._kinds), path)
 
     @property
     def model(self) -> nn.Module:
@@ -189,18 +193,22 @@ class Record(RecordedCalls):
 
     def settings(self, step: int, group: int) -> dict[str, Any]:
         """Hyperparameters of a parameter group at a step, with torch's names."""
-        values = self._store.read("hyperparameters", step, step + 1)[0]
-        return group_settings(self._group_constants, self._group_keys, self._group_types, values, group)
+        self._check_step(step, self.num_steps - 1)
+        with decoding(f"the settings of step {step}", self.path):
+            values = self._store.read("hyperparameters", step, step + 1)[0]
+            return group_settings(self._group_constants, self._group_keys, self._group_types, values, group)
 
     def gradient_rescaling(self, step: int) -> tuple[list[float], list[float]]:
         """The numbers s and c of every parameter, by which G_step = clamp(s·g, −c, c) of the backward pass's g.
 
         They are NaN where the recorder did not see g, so that only a replay can tell.
         """
-        scale = self._store.read("gradient_scale", step, step + 1)[0]
-        limit = self._store.read("gradient_limit", step, step + 1)[0] if self._store.has("gradient_limit") else np.inf
-        scales, limits = np.broadcast_arrays(scale, limit, np.empty(len(self.table)))[:2]
-        return scales.tolist(), limits.tolist()
+        with decoding(f"the rescaling of the gradient of step {step}", self.path):
+            scale = self._store.read("gradient_scale", step, step + 1)[0]
+            has_limit = self._store.has("gradient_limit")
+            limit = self._store.read("gradient_limit", step, step + 1)[0] if has_limit else np.inf
+            scales, limits = np.broadcast_arrays(scale, limit, np.empty(len(self.table)))[:2]
+            return scales.tolist(), limits.tolist()
 
     @cached_property
     def updated(self) -> NDArray[np.bool_]:
@@ -211,10 +219,12 @@ class Record(RecordedCalls):
         """Buffers and frozen parameters before step `snapshot`, by name."""
         if not self._fixed_layout:
             return {}
+        self._check_step(snapshot, self.num_steps)
         return self.fixed_version(self._moment_fixed(snapshot))
 
     def fixed_version(self, version: int) -> dict[str, Tensor]:
         """A version of the buffers and frozen parameters, by name."""
         if not self._fixed_layout:
             return {}
-        return decode_fixed(self._fixed_layout, self._store.read("fixed", version, version + 1)[0])
+        with decoding(f"version {version} of the fixed tensors", self.path):
+            return decode_fixed(self._fixed_layout, self._store.read("fixed", version, version + 1)[0])

@@ -11,11 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from explaind.calls import CallKind
+from explaind.calls import CallKind, tensor_names
+from explaind.errors import DamagedStoreError
 from explaind.parameters import ParameterTable, named_dtype
 from explaind.recording.calls import input_array, output_grad_array
 from explaind.replay.batch import BatchCall
-from explaind.store import StoreReader
+from explaind.store import StoreReader, decoding
 
 __all__ = ["RecordedCall", "RecordedCalls"]
 
@@ -70,7 +71,8 @@ class RecordedCalls:
     def calls(self, step: int) -> list[RecordedCall]:
         """The forward calls that step's gradient came through, in the order of their backward passes."""
         self._check_step(step, self.num_steps - 1)
-        return [self._call(index) for index in range(self._num_calls(step), self._num_calls(step + 1))]
+        with decoding(f"the calls of step {step}", self._store.path):
+            return [self._call(index) for index in range(self._num_calls(step), self._num_calls(step + 1))]
 
     def call_examples(self, step: int) -> NDArray[np.int64]:
         """Example ids of all rows of a step, `[row]`."""
@@ -83,12 +85,18 @@ class RecordedCalls:
 
     @cached_property
     def _call_steps(self) -> NDArray[np.int64]:
-        return self._store.read("call_step") if self._store.has("call_step") else np.empty(0, dtype=np.int64)
+        steps = self._store.read("call_step") if self._store.has("call_step") else np.zeros(0, dtype=np.int64)
+        if np.any(np.diff(steps, prepend=0) < 0):
+            raise DamagedStoreError(f"the calls of {self._store.path} are not in the order of their steps")
+        return steps
 
     @cached_property
     def _row_offsets(self) -> NDArray[np.int64]:
         """Number of rows before each call, `[call + 1]`."""
-        counts = self._store.read("call_rows") if len(self._call_steps) else np.empty(0, dtype=np.int64)
+        counts = self._store.read("call_rows") if len(self._call_steps) else np.zeros(0, dtype=np.int64)
+        length = self._store.length("row")
+        if np.any((counts < 0) | (counts > length)) or counts.sum() > length:
+            raise DamagedStoreError(f"the calls of {self._store.path} have more rows than there are, or less than none")
         return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
     def call_samples(self) -> list[tuple[int, int]]:
@@ -111,6 +119,8 @@ class RecordedCalls:
         number = int(self._call_kinds[index])
         kind, layout = self._kinds[number]
         position = self._store.read("row_input", start, stop)
+        if np.any(position < 0):
+            raise ValueError("a row's input has a negative number")
         first = int(self._kind_offsets[index])
         return RecordedCall(
             kind=kind,
@@ -152,9 +162,12 @@ class RecordedCalls:
     @cached_property
     def _call_kinds(self) -> NDArray[np.int64]:
         """Number of each call's kind, `[call]`."""
-        if self._store.has("call_kind"):
-            return self._store.read("call_kind")
-        return np.zeros(len(self._call_steps), dtype=np.int64)
+        if not self._store.has("call_kind"):
+            return np.zeros(len(self._call_steps), dtype=np.int64)
+        kinds = self._store.read("call_kind")
+        if np.any((kinds < 0) | (kinds >= len(self._kinds))):
+            raise DamagedStoreError(f"a call of {self._store.path} is of a kind that it does not have")
+        return kinds
 
     @cached_property
     def _kind_offsets(self) -> NDArray[np.int64]:
@@ -198,4 +211,7 @@ def _read_calls(attributes: dict[str, Any]) -> tuple[list[tuple[CallKind, int]],
     else:
         kinds = [(CallKind.from_json(kind), int(kind["inputs"])) for kind in attributes.get("call_kinds", [])]
         layouts = attributes.get("input_layouts", [])
+    for kind, layout in kinds:
+        if layout < 0 or not set(tensor_names(kind.template)) <= layouts[layout].keys():
+            raise ValueError(f"the layout of a call's inputs does not have all of its tensors: {kind.template!r:.200}")
     return kinds, [{name: named_dtype(dtype) for name, dtype in layout.items()} for layout in layouts]

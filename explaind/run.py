@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from explaind.record import Record
-from explaind.store import StoreReader
+from explaind.store import StoreReader, decoding
 
 if TYPE_CHECKING:
     from explaind.attribution import Attribution
@@ -116,7 +116,8 @@ class Run(Record):
         return pd.DataFrame(records, index=pd.RangeIndex(self.num_steps, name="step"))
 
     def _rates(self, step: int) -> dict[str, float]:
-        rates = [float(self.settings(step, group).get("lr", np.nan)) for group in range(self.num_groups)]
+        with decoding(f"the learning rates of step {step}", self.path):
+            rates = [float(self.settings(step, group).get("lr", np.nan)) for group in range(self.num_groups)]
         return {"lr": rates[0]} if len(rates) == 1 else {f"lr_{group}": rate for group, rate in enumerate(rates)}
 
     def __repr__(self) -> str:

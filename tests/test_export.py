@@ -26,7 +26,16 @@ from tests.random_models import MODELS
 from tests.test_calls import Last
 from tests.test_random_runs import OPTIMIZERS, loops
 from tests.test_random_runs import recorded as any_run
-from tests.traced import FEATURES, LABELS, batchnorm_mlp, recorded, same, three_steps
+from tests.traced import (
+    FEATURES,
+    LABELS,
+    batchnorm_mlp,
+    change_attributes,
+    forget_chunks,
+    recorded,
+    same,
+    three_steps,
+)
 from tests.unfreezing import frozen_backbone, unfreeze
 
 STEPS = 5
@@ -298,9 +307,10 @@ def test_thinning_takes_the_model_and_updates_that_replay(tmp_path):
 
 def test_what_replays_to_other_bits_than_were_recorded_is_refused(tmp_path):
     recorded(tmp_path / "run.zarr", epochs, make=batchnorm_mlp, snapshot_every=4)
+    change_attributes(tmp_path / "run.zarr", lambda attributes: attributes.update(machine="another"))
     store = zarr.open_group(tmp_path / "run.zarr")
-    store.attrs["machine"] = "another"
     store["digest"][2] = store["digest"][2] + 1
+    forget_chunks(tmp_path / "run.zarr")
     run = explaind.open_run(tmp_path / "run.zarr", model=batchnorm_mlp())
     for options in ({"steps": slice(2, 6)}, {"steps": slice(1, 6), "every": 4}):
         with pytest.raises(VerificationError, match=r"'0\.weight' before step 2 has to be replayed, which gives other"):

@@ -8,6 +8,7 @@ import explaind
 from explaind.errors import DamagedStoreError, StoreFormatError
 from explaind.inventory import store_info
 from tests.cases import BY_NAME, chunks_of, record
+from tests.traced import change_attributes, change_commit, forget_chunks
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +60,9 @@ def test_it_reads_as_a_table_and_as_plain_data(path):
 
 def test_what_a_killed_writer_left_is_told_from_the_run(path, copied):
     whole = store_info(path)
-    commit = json.loads((copied / "commit.json").read_text())
-    lengths = commit["lengths"] | {"step": 3, "snapshot": 4, "call": 3, "row": 9}
-    (copied / "commit.json").write_text(json.dumps(commit | {"lengths": lengths, "complete": False}))
+    lengths = {"step": 3, "snapshot": 4, "call": 3, "row": 9}
+    forget_chunks(copied)
+    change_commit(copied, lambda commit: commit.update(lengths=commit["lengths"] | lengths, complete=False))
     (copied / "params" / "c" / "7").mkdir()
     (copied / "params" / "c" / "7" / "0.partial").write_bytes(bytes(100))
     (copied / "notes.txt").write_bytes(bytes(10))
@@ -101,8 +102,6 @@ def test_what_is_no_run_is_refused(tmp_path):
 
 
 def test_without_attributes_there_is_nothing_to_tell(copied):
-    metadata = json.loads((copied / "zarr.json").read_text())
-    del metadata["attributes"]["optimizer"]
-    (copied / "zarr.json").write_text(json.dumps(metadata))
-    with pytest.raises(DamagedStoreError, match=r"attributes of .* are incomplete.*optimizer"):
+    change_attributes(copied, lambda attributes: attributes.pop("optimizer"))
+    with pytest.raises(DamagedStoreError, match=r"attributes of .* cannot be what was written: KeyError.*optimizer"):
         store_info(copied)

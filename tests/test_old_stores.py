@@ -53,8 +53,8 @@ def test_a_store_of_format_1_gives_the_prediction_it_gave(format_1):
 def test_a_store_of_format_2_is_replayed(format_2):
     report = format_2.verify()
     assert format_2.num_steps == 6
-    assert report.exact_updates == 6
     assert report.largest_gradient_difference < 1e-6
+    assert report.largest_update_difference < 1e-7  # bit for bit only on a processor like that of the recording
 
 
 def test_a_store_of_format_2_gives_the_numbers_it_gave(format_2):

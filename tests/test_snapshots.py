@@ -21,7 +21,7 @@ from tests.cases import data, mlp, query
 from tests.random_models import MODELS
 from tests.test_random_runs import NUM_DRAWS, OPTIMIZERS, drawn, loops, recorded
 from tests.test_random_runs import query as random_query
-from tests.traced import batchnorm_mlp, dropout_mlp
+from tests.traced import batchnorm_mlp, dropout_mlp, forget_chunks
 from tests.unfreezing import frozen_backbone, unfreeze
 
 FEATURES, LABELS = data().tensors
@@ -252,6 +252,7 @@ def test_a_digest_that_differs_is_noticed(tmp_path):
     train(tmp_path / "run", snapshot_every=20)
     group = zarr.open_group(tmp_path / "run", mode="r+")
     group["digest"][5, 3] += 1
+    forget_chunks(tmp_path / "run")
     with pytest.raises(VerificationError, match=r"after step 4 the parameter '2.bias' differs"):
         explaind.open_run(tmp_path / "run", model=mlp()).flat_params(9)
 

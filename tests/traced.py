@@ -1,5 +1,7 @@
 """Loops that a test writes for itself, traced: small models, one ordinary step, and the run opened again."""
 
+import json
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -7,6 +9,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader
 
 import explaind
+from explaind.checksums import sealed_metadata, sealed_text
 from tests.cases import data, mlp, query
 
 FEATURES, LABELS = data().tensors
@@ -87,3 +90,23 @@ def check_prefix(path, *, most=None):
     steps = None if most is None else range(max(0, run.num_steps - most), run.num_steps)
     run.attribute(query(num=1), by=("query", "step", "layer"), steps=steps).check()
     return run.num_steps
+
+
+def change_attributes(path, edit):
+    """Let the metadata of a store say something else, with the right checksum."""
+    metadata = json.loads((path / "zarr.json").read_text())
+    edit(metadata["attributes"])
+    (path / "zarr.json").write_text(json.dumps(sealed_metadata(metadata)))
+
+
+def change_commit(path, edit):
+    """Let the commit of a store say something else, with the right checksum."""
+    content = json.loads((path / "commit.json").read_text())
+    del content["checksum"]
+    edit(content)
+    (path / "commit.json").write_text(sealed_text(content))
+
+
+def forget_chunks(path):
+    """Let the commit of a store say nothing about its chunks, so that they may be others."""
+    change_commit(path, lambda content: content.update(arrays=dict.fromkeys(content["arrays"]), earlier=[]))

@@ -14,6 +14,7 @@ from explaind.path.gradients import batch_gradient, recorded_rescaling
 from explaind.replay.model import sparse_weights
 from explaind.replay.updates import UpdateReplay
 from explaind.run import Run
+from explaind.store import decoding
 
 __all__ = ["VerifyReport", "verify"]
 
@@ -123,8 +124,10 @@ def _replay_update(run: Run, step: int, replay: UpdateReplay) -> Tensor:
             gradients[name] = torch.sparse_coo_tensor(
                 rows.T, gradient[rows[:, 0]], gradient.shape, is_coalesced=True, check_invariants=True
             )
-    replay.load(run.flat_params(step), state, run.state_types, settings)
-    replay.step(gradients, settings)
+    params = run.flat_params(step)
+    with decoding(f"the optimizer at step {step}", run.path):
+        replay.load(params, state, run.state_types, settings)
+        replay.step(gradients, settings)
     return replay.params
 
 

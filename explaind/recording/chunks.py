@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,10 @@ import zarr
 from numcodecs.blosc import Blosc
 from numpy.typing import NDArray
 
-__all__ = ["GrowingArray", "encoded_size", "rows_of_a_chunk"]
+from explaind.checksums import sealed_metadata
+from explaind.recording.files import put
+
+__all__ = ["GrowingArray", "describe", "encoded_size", "rows_of_a_chunk"]
 
 _LARGEST_BYTES, _LEAST_BYTES, _LARGEST_ROWS = 2 << 20, 256 << 10, 4096
 _ENDIAN = {"configuration": {"endian": "little"}}
@@ -69,10 +71,20 @@ class GrowingArray:
         dims: names of its dimensions, the growing one first.
         like: some rows, of the shape and type that all have.
         chunk_rows: number of rows in a chunk.
+        durable: whether no file may be replaced by one that has not reached the device.
     """
 
-    def __init__(self, path: Path, name: str, dims: tuple[str, ...], like: NDArray[Any], chunk_rows: int) -> None:
-        self._name = name
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        dims: tuple[str, ...],
+        like: NDArray[Any],
+        chunk_rows: int,
+        *,
+        durable: bool = False,
+    ) -> None:
+        self._name, self._durable = name, durable
         self.chunk_rows = chunk_rows
         """Number of rows in a chunk."""
         self._fill = np.nan if like.dtype.kind == "f" else 0
@@ -82,11 +94,16 @@ class GrowingArray:
         self._begun = -1
         self.length = 0
         """Number of rows that are written."""
+        self._settled = 0
+        self._last: NDArray[Any] | None = None
+        self.tail = 0
+        """CRC-32C of the rows in the last chunk, as far as they are settled."""
         self._room = 0
+        self._files: dict[str, None] = {}
         self._metadata = _metadata(like, dims, chunk_rows)
         (path / name / "c").mkdir(parents=True)
         for parent in Path(name).parents[:-1]:
-            (path / parent / "zarr.json").write_text(json.dumps(_GROUP))
+            put(f"{path / parent}/zarr.json", json.dumps(_group({})).encode(), force=durable)
         self.attach(path)
         self._resize(0)
 
@@ -95,7 +112,7 @@ class GrowingArray:
         self._store, self._directory = path, f"{path}/{self._name}"
 
     def append(self, *parts: NDArray[Any]) -> None:
-        """Write more rows, which come in some arrays."""
+        """Take in more rows, which come in some arrays; chunks that they fill are written."""
         length = self.length + sum(map(len, parts))
         if length > self._room:
             self._resize(max(length, 2 * self._room))
@@ -104,10 +121,20 @@ class GrowingArray:
         for part in parts:
             for start, stop in self._pieces(len(part)):
                 self._add(part[start:stop])
-        if self._filling is not None and (filled := self.length % self.chunk_rows):
+
+    def settle(self) -> list[str]:
+        """Write the last chunk as far as it is filled; returns all files that were written since this was last done."""
+        filled = self.length % self.chunk_rows
+        if self._filling is not None and filled and self.length != self._settled:
             # It is written again with what fills it further.
             self._filling[filled:] = self._fill
             self._write(self._filling)
+            self._last = self._filling[:filled]
+        if self._last is not None:
+            self.tail, self._last = google_crc32c.value(self._last), None
+        self._settled = self.length
+        files, self._files = list(self._files), {}
+        return files
 
     def _pieces(self, num_rows: int) -> Iterator[tuple[int, int]]:
         """Where the next rows are cut between chunks."""
@@ -129,10 +156,11 @@ class GrowingArray:
             chunk = rows
         if place + len(rows) == self.chunk_rows:
             self._write(chunk)
+            self._last = np.ascontiguousarray(chunk)
         self.length += len(rows)
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Some of the rows that are written."""
+        """Some of the rows that are settled."""
         return np.asarray(zarr.open_array(self._store, path=self._name, mode="r")[start:stop])
 
     def trim(self) -> None:
@@ -143,7 +171,9 @@ class GrowingArray:
     def _resize(self, length: int) -> None:
         self._room = length
         shape = [length, *self._metadata["shape"][1:]]
-        _put(f"{self._directory}/zarr.json", json.dumps(self._metadata | {"shape": shape}).encode())
+        file = f"{self._directory}/zarr.json"
+        put(file, json.dumps(sealed_metadata(self._metadata | {"shape": shape})).encode(), force=self._durable)
+        self._files[file] = None
 
     def _write(self, rows: NDArray[Any]) -> None:
         """Write the chunk in which the next row is, or of which the last row was just added."""
@@ -154,15 +184,24 @@ class GrowingArray:
         data = _encode(rows, self._turned)
         index = self.length // self.chunk_rows
         file = f"{self._directory}/c/{index}"
+        begun = index == self._begun
         for _ in range(rows.ndim - 1):
-            if index != self._begun:
+            if not begun:
                 Path(file).mkdir(exist_ok=True)  # without its parents: a store that was deleted must not come back
             file += "/0"
         self._begun = index
-        _put(file, data, google_crc32c.value(data).to_bytes(4, "little"))
+        put(file, data, google_crc32c.value(data).to_bytes(4, "little"), force=self._durable and begun)
+        self._files[file] = None
 
 
-_GROUP = {"attributes": {}, "zarr_format": 3, "node_type": "group"}
+def describe(store: Path, attributes: Mapping[str, Any], *, durable: bool = False) -> None:
+    """Write the metadata of a store's root group, whose attributes describe the run."""
+    put(f"{store}/zarr.json", json.dumps(sealed_metadata(_group(attributes))).encode(), force=durable)
+
+
+def _group(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """What zarr says about a group."""
+    return {"attributes": attributes, "zarr_format": 3, "node_type": "group"}
 
 
 def _metadata(like: NDArray[Any], dims: tuple[str, ...], chunk_rows: int) -> dict[str, Any]:
@@ -185,19 +224,3 @@ def _metadata(like: NDArray[Any], dims: tuple[str, ...], chunk_rows: int) -> dic
         "node_type": "array",
         "storage_transformers": [],
     }
-
-
-def _put(file: str, *parts: bytes) -> None:
-    """Write a file beside the old one, then rename it.
-
-    Each call of the system lets the loop have the interpreter, and has to get it back, which may take 0.1 ms of both:
-    there are no more of them than it takes.
-    """
-    descriptor = os.open(f"{file}.partial", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    try:
-        left = sum(map(len, parts)) - os.writev(descriptor, parts)
-        while left:
-            left -= os.write(descriptor, b"".join(parts)[-left:])
-    finally:
-        os.close(descriptor)
-    os.replace(f"{file}.partial", file)  # noqa: PTH105 (a Path takes as long as the file itself)

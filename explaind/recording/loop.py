@@ -103,9 +103,9 @@ class TracedLoop:
         """Whether the hooks are on."""
         return bool(self._hooks)
 
-    def join(self, *, overwrite: bool) -> None:
+    def join(self, *, overwrite: bool, durable: bool) -> None:
         """Make the store, and put the hooks on."""
-        self.rows.open(overwrite=overwrite)
+        self.rows.open(overwrite=overwrite, durable=durable)
         self._capture = CallCapture(
             self._model,
             self._called,
@@ -128,9 +128,11 @@ class TracedLoop:
             hook.remove()
         self._hooks = []
         self._capture.remove()
-        if self._stepped and not self._stepping:
-            self._end_step()
-        self.rows.close()
+        try:
+            if self._stepped and not self._stepping:
+                self._end_step()
+        finally:
+            self.rows.close()
 
     def log(self, loss: float | Tensor) -> None:
         """Note the loss of the step in progress.

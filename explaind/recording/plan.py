@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from explaind.calls import named_tensors
+from explaind.commit import Commit
 from explaind.info import INPUTS, REST, kind_of
 from explaind.recording.chunks import GrowingArray, encoded_size
 from explaind.recording.snapshots import STATE_EVERY
-from explaind.store import Commit, StoreReader
+from explaind.store import StoreReader
 from explaind.units import readable_size
 
 __all__ = ["RecordingPlan", "any_loss", "measure"]

@@ -14,12 +14,12 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from explaind.errors import RecordingError
+from explaind.paths import check_free, free_path
 from explaind.recording.loop import TracedLoop
 from explaind.recording.naming import ExampleNames
 from explaind.recording.optimizers import Optimizers
 from explaind.recording.ownership import check_model_and_optimizers
 from explaind.recording.plan import RecordingPlan, any_loss, measure
-from explaind.store import check_free, free_path
 
 __all__ = ["Recorder", "trace"]
 
@@ -33,6 +33,7 @@ def trace(
     example_grads: Literal["replayed", "stored"] = "replayed",
     objective: Callable[[nn.Module, Any], Tensor] | None = None,
     overwrite: bool = False,
+    durable: bool = False,
     metadata: Mapping[str, Any] | None = None,
 ) -> Recorder:
     """Record every optimizer step of the enclosed training loop, so that it can be decomposed exactly.
@@ -58,6 +59,9 @@ def trace(
             `[example, token]`, whose sum is the loop's loss; for models that compute their loss inside, or whose
             outputs are too large to keep cotangents of. The batch is the one that `recorder.batches` yielded.
         overwrite: replace a run that is already at `store`.
+        durable: force every block to the device before it is published, so that a power cut, too, loses nothing
+            older. It is written as fast as the device can, and where that is slow it is published less often. Without
+            it the system may keep the last half minute in memory; nothing else than a power cut can lose that.
         metadata: JSON-able notes to keep with the run.
 
     Returns:
@@ -68,6 +72,7 @@ def trace(
         ValueError: the optimizer's parameters are not those of the model, or its updates cannot be replayed although
             `snapshot_every` asks for it.
         StoreExistsError: something is at `store` already.
+        StoreInUseError: when the recording begins, another one is writing to `store`.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -97,6 +102,7 @@ def trace(
         example_grads=example_grads,
         objective=objective,
         overwrite=overwrite,
+        durable=durable,
         metadata=dict(metadata or {}),
     )
 
@@ -114,6 +120,7 @@ class Recorder:
         example_grads: Literal["replayed", "stored"],
         objective: Callable[[nn.Module, Any], Tensor] | None,
         overwrite: bool,
+        durable: bool,
         metadata: dict[str, Any],
     ) -> None:
         called = model
@@ -128,9 +135,10 @@ class Recorder:
             "example_grads": example_grads,
             "objective": objective,
             "overwrite": False,
+            "durable": durable,
             "metadata": metadata,
         }
-        self._overwrite = overwrite
+        self._overwrite, self._durable = overwrite, durable
         self._entered = False
         self._names = ExampleNames()
         self._loop = TracedLoop(
@@ -253,7 +261,7 @@ class Recorder:
         if self._entered:
             raise RecordingError("a recorder records once: call explaind.trace again for another run.")
         self._entered = True
-        self._loop.join(overwrite=self._overwrite)
+        self._loop.join(overwrite=self._overwrite, durable=self._durable)
         return self
 
     def __exit__(

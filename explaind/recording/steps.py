@@ -110,9 +110,9 @@ class StepRows:
             "group_types": groups.types,
         }
 
-    def open(self, *, overwrite: bool) -> None:
+    def open(self, *, overwrite: bool, durable: bool) -> None:
         """Create the store and publish it, with no step yet."""
-        self._writer = StoreWriter(self._path, attributes=self._attributes, overwrite=overwrite)
+        self._writer = StoreWriter(self._path, attributes=self._attributes, overwrite=overwrite, durable=durable)
         self._calls = CallRows(
             names=self._names,
             example_grads=self._example_grads,

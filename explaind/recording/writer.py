@@ -5,20 +5,25 @@ from __future__ import annotations
 import copy
 import errno
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
+from explaind.commit import COMMIT_FILE, Commit, is_published, thinned
 from explaind.errors import RecordingError
-from explaind.recording.chunks import GrowingArray, rows_of_a_chunk
-from explaind.store import COMMIT_FILE, FORMAT_VERSION, Commit, aside, check_free, is_published
+from explaind.metadata import read_attributes
+from explaind.paths import aside, check_free
+from explaind.recording.chunks import GrowingArray, describe, rows_of_a_chunk
+from explaind.recording.files import force, force_tree, put
+from explaind.recording.lock import WriterLock
+from explaind.store import FORMAT_VERSION
 
 __all__ = ["Later", "Rows", "StoreWriter"]
 
@@ -26,6 +31,8 @@ Rows = tuple[str, NDArray[Any], tuple[str, ...]]
 """An array's name, some new rows of it, and the names of its dimensions, the growing one first."""
 
 _BLOCK_BYTES = 4 << 20
+_CHEAP_SECONDS, _SHARE, _POSTPONED_SECONDS = 0.02, 0.1, 10.0
+"""What publishing may take: so long, or that part of the time, if it need not be postponed for longer than that."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,17 +64,25 @@ class StoreWriter:
         path: directory of the store.
         attributes: JSON-able description of the run, kept in the root group.
         overwrite: replace a run that is already there (only ever a run: other directories are refused).
+        durable: force every block to the device before it is published.
 
     Raises:
         StoreExistsError: something is at `path`, and it may not be replaced.
+        StoreInUseError: another writer is at work there.
     """
 
-    def __init__(self, path: Path, *, attributes: Mapping[str, Any], overwrite: bool) -> None:
-        self.path = path
-        check_free(path, overwrite=overwrite)
-        if path.exists():
-            shutil.rmtree(path)
-        zarr.create_group(path, attributes={"explaind_format": FORMAT_VERSION, **attributes})
+    def __init__(self, path: Path, *, attributes: Mapping[str, Any], overwrite: bool, durable: bool = False) -> None:
+        self.path = path.resolve()  # the loop may change its directory
+        self._durable = durable
+        self._lock = WriterLock(self.path)
+        try:
+            check_free(self.path, overwrite=overwrite)  # another one may have written since it was last looked at
+            self._create({"explaind_format": FORMAT_VERSION, **attributes})
+        except BaseException:
+            self._lock.release()
+            raise
+        self._commit_seconds, self._committed = 0.0, time.monotonic()
+        self._num_commits, self._earlier = 0, dict[int, Commit]()
         self._arrays: dict[str, GrowingArray] = {}
         self._dims: dict[str, tuple[str, ...]] = {}
         # The last block is being filled. An interrupt can strike anywhere: what hands blocks over is one append.
@@ -127,17 +142,24 @@ class StoreWriter:
             self.wait()
         finally:
             self._thread.shutdown()
+            self._lock.release()
 
     # ------------------------------------------------------------------ in the thread of its own
 
     def _publish(self) -> None:
         while len(self._blocks) > 1:
             with self._explained(self._blocks[0].num_bytes):
-                # Before zarr would make the directory again.
                 (self.path / "zarr.json").stat()
                 self._write(self._blocks[0])
-                self._commit(complete=False)
+                if self._is_due:
+                    self._commit(complete=False)
             del self._blocks[0]
+
+    @property
+    def _is_due(self) -> bool:
+        """Whether a block is published at once: forcing it may take a slow device longer than the loop can wait."""
+        pause = min(self._commit_seconds / _SHARE, _POSTPONED_SECONDS)
+        return self._commit_seconds < _CHEAP_SECONDS or time.monotonic() - self._committed >= pause
 
     def _complete(self) -> None:
         with self._explained(0):
@@ -155,17 +177,76 @@ class StoreWriter:
             if name not in self._arrays:
                 share = min(1.0, block.num_bytes / _BLOCK_BYTES)
                 chunk_rows = rows_of_a_chunk(parts[0], round(sum(map(len, parts)) / max(share, 1e-3)))
-                self._arrays[name] = GrowingArray(self.path, name, self._dims[name], parts[0], chunk_rows)
+                self._arrays[name] = GrowingArray(
+                    self.path, name, self._dims[name], parts[0], chunk_rows, durable=self._durable
+                )
             self._arrays[name].append(*parts)
         if block.attributes:
-            zarr.open_group(self.path, mode="r+").attrs.update(block.attributes)
+            self._describe(self.path, block.attributes)
+
+    def _describe(self, store: Path, attributes: Mapping[str, Any]) -> None:
+        """Add to the attributes of a store's root group."""
+        describe(store, read_attributes(store) | dict(attributes), durable=self._durable)
 
     def _commit(self, *, complete: bool) -> None:
+        began = time.monotonic()
+        files = [file for array in self._arrays.values() for file in array.settle()]
+        if self._durable:
+            force(files, self.path)
+        commit = replace(self._state_of(self._arrays), complete=complete)
+        self._put_commit(self.path, replace(commit, earlier=tuple(self._earlier.values())))
+        self._earlier = thinned(self._earlier | {self._num_commits: commit})
+        self._num_commits += 1
+        self._committed = time.monotonic()
+        self._commit_seconds = self._committed - began
+
+    def _state_of(self, arrays: Mapping[str, GrowingArray]) -> Commit:
+        """What can be published of some arrays."""
         lengths: dict[str, int] = {}
-        for name, array in self._arrays.items():
+        for name, array in arrays.items():
             dimension = self._dims[name][0]
             lengths[dimension] = min(lengths.get(dimension, array.length), array.length)
-        Commit(lengths=lengths, arrays=sorted(self._arrays), complete=complete).write(self.path)
+        tails = {
+            name: array.tail if array.length == lengths[self._dims[name][0]] else None
+            for name, array in sorted(arrays.items())
+        }
+        return Commit(lengths=lengths, arrays=tails, complete=False)
+
+    def _put_commit(self, store: Path, commit: Commit) -> None:
+        put(f"{store}/{COMMIT_FILE}", commit.to_json().encode(), force=self._durable)
+        if self._durable:
+            force([], store)
+
+    # ------------------------------------------------------------------ stores that take another's place
+
+    def _create(self, attributes: Mapping[str, Any]) -> None:
+        """Make an empty store, beside one that it replaces."""
+        with self._beside() as beside:
+            beside.mkdir()
+            describe(beside, attributes)
+            self._put_commit(beside, Commit(lengths={}, arrays={}, complete=False))
+
+    @contextmanager
+    def _beside(self) -> Iterator[Path]:
+        """Where to make a store that takes the place of the one that is there; at any moment one of them is whole."""
+        beside, old = self.path.with_name(f"{self.path.name}.new.partial"), aside(self.path)
+        for left in (beside, old):
+            shutil.rmtree(left, ignore_errors=True)
+        try:
+            yield beside
+            if self._durable:
+                force_tree(beside)
+            if self.path.exists():
+                self.path.rename(old)
+            beside.rename(self.path)
+        except BaseException:
+            if old.exists() and not self.path.exists():
+                old.rename(self.path)
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
+        if self._durable:
+            force([], self.path.parent)
+        shutil.rmtree(old, ignore_errors=True)
 
     @contextmanager
     def _explained(self, num_bytes: int) -> Iterator[None]:
@@ -212,19 +293,12 @@ class StoreWriter:
         Raises:
             RecordingError: the disk is full. The store is as it was.
         """
-        beside, old = self.path.with_name(f"{self.path.name}.new.partial"), aside(self.path)
-        for left in (beside, old):
-            shutil.rmtree(left, ignore_errors=True)
         with self._explained(0):
-            try:
+            self._commit(complete=False)
+            with self._beside() as beside:
                 changed = self._copy(beside, changes, attributes)
-            except BaseException:
-                shutil.rmtree(beside, ignore_errors=True)
-                raise
-        self.path.rename(old)
-        beside.rename(self.path)
-        shutil.rmtree(old)
         self._arrays |= changed
+        self._earlier = {}
         for array in self._arrays.values():
             array.attach(self.path)
 
@@ -241,15 +315,17 @@ class StoreWriter:
                 copied = path / file.relative_to(self.path)
                 copied.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, copied)
-        zarr.open_group(path, mode="r+").attrs.update(attributes)
+        self._describe(path, attributes)
         changed = {name: self._changed(path, name, changes[name]) for name in names}
-        shutil.copyfile(self.path / COMMIT_FILE, path / COMMIT_FILE)
+        self._put_commit(path, self._state_of(self._arrays | changed))
         return changed
 
     def _changed(self, path: Path, name: str, change: Callable[[NDArray[Any], int], NDArray[Any]]) -> GrowingArray:
         old = self._arrays[name]
-        new = GrowingArray(path, name, self._dims[name], change(old.read(0, 1), 0), old.chunk_rows)
+        like = change(old.read(0, 1), 0)
+        new = GrowingArray(path, name, self._dims[name], like, old.chunk_rows, durable=self._durable)
         for start in range(0, old.length, new.chunk_rows):
             stop = min(start + new.chunk_rows, old.length)
             new.append(change(old.read(start, stop), start))
+        new.settle()
         return new
