@@ -139,11 +139,9 @@ class QueryFunction:
 
     def at(self, params: Tensor) -> Tensor:
         """q(θ) of all queries, float64 `[query]`."""
-        scalars = torch.empty(len(self._every), dtype=torch.float64, device=self._device)
-        for rows in self._every.split(self._block):
-            with torch.no_grad():
-                scalars[rows] = self._inputs.scalars(params, rows)
-        return self._weights @ scalars
+        with torch.no_grad():
+            scalars = [self._inputs.scalars(params, rows) for rows in self._every.split(self._block)]
+        return self._weights @ torch.cat(scalars)
 
     def values(self, start: Tensor, update: Tensor, position: float, which: Tensor) -> Tensor:
         """See `explaind.path.integral.PathFunction.values`."""
@@ -177,8 +175,10 @@ class QueryFunction:
             sums = dict[str, Tensor]()
             for rows in blocks:
                 seen = [self._kinks_at(start, update, end, rows, dtype) for end in ends] if average else []
-                weights = torch.zeros(len(which), len(rows), dtype=dtype, device=self._device)
-                weights[queries] = (length * self._weights[which[queries]][:, rows]).to(dtype)
+                own = self._weights[which[queries]]
+                own = own[:, rows] if self.separate else own  # whose scalars may be fewer or more than inputs
+                weights = torch.zeros(len(which), own.shape[1], dtype=dtype, device=self._device)
+                weights[queries] = (length * own).to(dtype)
                 for node, weight in zip(rule.nodes, rule.weights, strict=True):
                     params = (start + (left + length * node) * update).to(dtype)
                     if self.separate and len(queries) > 1:

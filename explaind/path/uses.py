@@ -64,8 +64,9 @@ class Uses:
         """
         wanted = list(self._leaves.values()) if leaves else []
         inputs: list[Any] = [*(GradientEdge(node, 0) for node, _ in self._watched), *wanted]
-        # Kept until the end, as the operations look at what was saved for it.
-        gradients = torch.autograd.grad(self._outputs, inputs, cotangents, retain_graph=True, allow_unused=True)
+        gradients: tuple[Tensor | None, ...] = ()
+        if inputs:  # and the graph is kept until the end, as the operations look at what was saved for it
+            gradients = torch.autograd.grad(self._outputs, inputs, cotangents, retain_graph=True, allow_unused=True)
         for leaf, gradient in zip(wanted, gradients[len(self._watched) :], strict=True):
             if gradient is not None:
                 leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
