@@ -201,10 +201,11 @@ def test_a_full_disk_loses_nothing_recorded_so_far(files, tmp_path, monkeypatch)
     assert f"The first {safe} steps are safe" in str(caught.value)
 
 
-def test_other_disk_errors_are_passed_on(tmp_path, monkeypatch):
+def test_other_disk_errors_are_told_with_what_is_safe(tmp_path, monkeypatch):
     writer = StoreWriter(tmp_path / "run.zarr", attributes={}, overwrite=False)
     writer.add(("loss", np.zeros(3), ("step",)))
     fail_after(monkeypatch, [0], OSError(errno.EIO, "Input/output error"))
     writer.flush()
-    with pytest.raises(OSError, match="Input/output error"):
+    message = r"run\.zarr cannot be written any more: .*Input/output error.* The first 0 steps are safe there"
+    with pytest.raises(RecordingError, match=message):
         writer.wait()

@@ -31,6 +31,7 @@ Rows = tuple[str, NDArray[Any], tuple[str, ...]]
 """An array's name, some new rows of it, and the names of its dimensions, the growing one first."""
 
 _BLOCK_BYTES = 4 << 20
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CHEAP_SECONDS, _SHARE, _POSTPONED_SECONDS = 0.02, 0.1, 10.0
 """What publishing may take: so long, or that part of the time, if it need not be postponed for longer than that."""
 
@@ -258,13 +259,16 @@ class StoreWriter:
                     f"{self.path} was deleted or moved while it was recorded. Leave it where it is until the traced "
                     "block has ended, or record to another place."
                 ) from error
-            if error.errno != errno.ENOSPC:
-                raise
             steps = Commit.read(self.path).num_steps if is_published(self.path) else 0
+            safe = f"The first {steps} steps are safe there and can be opened;"
+            if error.errno in _NO_ROOM:
+                raise RecordingError(
+                    f"no room left on the disk for {self.path}: {num_bytes / 2**20:.1f} MiB more are "
+                    f"needed. {safe} free some space or choose another place for the next run."
+                ) from error
             raise RecordingError(
-                f"no room left on the disk for {self.path}: {num_bytes / 2**20:.1f} MiB more are "
-                f"needed. The first {steps} steps are safe there and can be opened; free some space or choose "
-                "another place for the next run."
+                f"{self.path} cannot be written any more: {error}. {safe} see to the disk, or choose another place "
+                "for the next run."
             ) from error
 
     # ------------------------------------------------------------------ rows with more entries
