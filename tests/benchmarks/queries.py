@@ -60,11 +60,12 @@ def _section(
         attribute = partial(run.attribute, query, by=by, tolerance=_tolerance(problem, run, query))
         measured = ratios(
             loop.step,
-            {"all": attribute, "last": partial(attribute, steps=[last])},
+            {"all": attribute, "last": partial(attribute, steps=[last]), "pass": partial(_pass, loop, query)},
             rounds=size.rounds,
         )
         more = measured["all"].minus(measured["last"]).per(last)
         data = attribute().dataset
+        nodes = float(data.num_nodes.mean())
         case = f"{problem.name}, {phase}"
         records.append(
             {
@@ -74,7 +75,8 @@ def _section(
                 **more.record(),
                 **({"must": must, "stretch": stretch} if is_goal else {}),
                 "steps": run.num_steps,
-                "nodes_per_step": float(data.num_nodes.mean()),
+                "nodes_per_step": nodes,
+                "gradients_alone": nodes * measured["pass"].value + ("example" in by),
                 "error_per_step": float(abs(data.quadrature).mean()),
             }
         )
@@ -83,6 +85,12 @@ def _section(
             {"work": f"{name}, the last step alone, with all preparation", "unit": "t", "case": case, **alone}
         )
     return records
+
+
+def _pass(loop: Loop, query: explaind.Query) -> None:
+    """A plain forward and backward pass of all of a query's inputs: the least that a node can take."""
+    loop.model.zero_grad()
+    loop.model(query.inputs).sum().backward()
 
 
 def _tolerance(problem: Problem, run: explaind.Run, query: explaind.Query) -> float:
