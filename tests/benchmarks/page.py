@@ -20,19 +20,18 @@ _INTRODUCTION = """\
 `tests/benchmarks/results.json`; `python -m tests.benchmarks plots` writes this page and its pictures from that file.
 
 The unit **t** is one training step of the same model on the same batch, untraced (zero_grad, forward, loss, backward,
-step), on one thread. It takes turns with what is measured; a value is the median of the rounds' quotients, and if
-there are several, in parentheses the least and the most. *must* and *stretch* are this project's own goals. *nodes per
-step* are the gradient evaluations per query and step that the wanted accuracy took, *error per step* is the mean
-quadrature error of a query and step, in nats. *gradients alone* is what the same gradients would take if each were one
-plain forward and backward pass, all queries at once, and one pass of the batch where examples are asked for: no
-bookkeeping, no products, no certificate. A goal below it cannot be reached with that many nodes. On MOD-113 4.7 millionths are allowed, a ten-thousandth of the path of a
-whole run; what comes out must be at most 1.4 millionths, which in the 1,068 steps of the paper's run add up to the
-error of 100 midpoint nodes. On the digits a ten-thousandth is allowed, which in small batches gives the error of 100
-midpoint nodes, too. What is done once for all steps, such as the
-queries' values at all snapshots and the choice of how to multiply, is no part of a step: see the rows of single ones.
-By step × layer, batches have been replayed before, as they are once for all queries of a run. *MOD-113* is the network
-as the paper trains it, where every position goes through all layers; *last position only* computes the same in less
-time.
+step), on one thread. It takes turns with what is measured; a value is the median of the rounds' quotients, and if there
+are several, in parentheses the least and the most. *must* and *stretch* are this project's own goals. *nodes per step*
+are the gradient evaluations per query and step that the wanted accuracy took, *error per step* is the mean quadrature
+error of a query and step, in nats. *gradients alone* is what the same gradients would take if each were one plain
+forward and backward pass, all queries at once, and one pass of the batch where examples are asked for: no bookkeeping,
+no products, no certificate. A goal below it cannot be reached with that many nodes. On MOD-113 4.7 millionths are
+allowed, a ten-thousandth of the path of a whole run; what comes out must be at most 1.4 millionths, which in the 1,068
+steps of the paper's run add up to the error of 100 midpoint nodes. On the digits a ten-thousandth is allowed, which in
+small batches gives the error of 100 midpoint nodes, too. What is done once for all steps, such as the queries' values
+at all snapshots and the choice of how to multiply, is no part of a step: see the rows of single ones. By step × layer,
+batches have been replayed before, as they are once for all queries of a run. *MOD-113* is the network as the paper
+trains it, where every position goes through all layers; *last position only* computes the same in less time.
 """
 
 _COLUMNS = ("nodes_per_step", "error_per_step", "gradients_alone")
@@ -124,7 +123,8 @@ def verdict(record: Mapping[str, Any]) -> str:
 def _goals(results: Mapping[str, Any]) -> str:
     lines = [
         "## Goals\n",
-        "| work | on | measured | unit | must | stretch | reached | nodes per step | error per step | gradients alone | command |",
+        "| work | on | measured | unit | must | stretch | reached | nodes per step | error per step | gradients alone "
+        "| command |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, entry in results.items():
