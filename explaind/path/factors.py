@@ -17,11 +17,22 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.grad import conv2d_weight
 
-__all__ = ["Convolved", "Factors", "Gathered", "Outer", "Summed", "add_combined", "strategy"]
+__all__ = [
+    "Factors",
+    "Gathered",
+    "Outer",
+    "Rows",
+    "Summed",
+    "add_combined",
+    "block_pays",
+    "block_products",
+    "by_row",
+    "merged",
+    "strategy",
+    "times",
+]
 
 _BLOCK_BYTES = 8 << 20
 """Of the gradients that are formed at once; they should stay in the cache until they are multiplied."""
@@ -68,6 +79,11 @@ class Factors(Protocol):
         ...
 
     @property
+    def num_positions(self) -> int | None:
+        """p, over which a row's gradient is a sum of products; None if it is not made of such."""
+        ...
+
+    @property
     def kind(self) -> Any:
         """What factors must have in common to be joined."""
         ...
@@ -103,7 +119,7 @@ def add_combined(total: Tensor, parts: Sequence[tuple[Factors, Tensor]]) -> None
                 total[chosen] += members.take(rows.flatten()).merged(count).gradients().reshape(len(chosen), -1)
 
 
-class _Rows:
+class Rows:
     """What all dataclasses of tensors `[row, …]` share."""
 
     def take(self, rows: Tensor) -> Self:
@@ -132,6 +148,11 @@ class _Rows:
         return sum(tensor.nbytes for tensor in self._tensors.values())
 
     @property
+    def num_positions(self) -> int | None:
+        """See `Factors.num_positions`."""
+        return None
+
+    @property
     def num_rows(self) -> int:
         """Number of rows."""
         return len(next(iter(self._tensors.values())))
@@ -145,7 +166,7 @@ class _Rows:
 
 
 @dataclass(frozen=True)
-class Summed(_Rows):
+class Summed(Rows):
     """Gradients that are as small as the parameter: biases, gains of norms, parameters by which outputs are scaled."""
 
     rows: Tensor
@@ -166,7 +187,7 @@ class Summed(_Rows):
 
     def scaled(self, weights: Tensor) -> Summed:
         """See `Factors.scaled`."""
-        return Summed(_times(weights, self.rows))
+        return Summed(times(weights, self.rows))
 
     def merged(self, count: int) -> Summed:
         """See `Factors.merged`."""
@@ -174,7 +195,7 @@ class Summed(_Rows):
 
 
 @dataclass(frozen=True)
-class Outer(_Rows):
+class Outer(Rows):
     """Σ_t left_{k,t} right_{k,t}ᵀ: of a Linear layer, with δ on the left and its input on the right."""
 
     left: Tensor
@@ -182,37 +203,42 @@ class Outer(_Rows):
     right: Tensor
     """`[row, position, n]`"""
 
+    @property
+    def num_positions(self) -> int:
+        """See `Factors.num_positions`."""
+        return self.left.shape[1]
+
     def gradients(self) -> Tensor:
         """See `Factors.gradients`."""
         return self.left.transpose(1, 2) @ self.right
 
     def combined(self, weights: Tensor) -> Tensor:
         """See `Factors.combined`."""
-        left: Tensor = _times(weights, self.left).flatten(end_dim=1)
+        left: Tensor = times(weights, self.left).flatten(end_dim=1)
         return left.T @ self.right.flatten(end_dim=1)
 
     def products(self, vectors: Tensor) -> Tensor:
         """See `Factors.products`."""
-        if _block_pays(len(vectors), self.left.shape[1]):
-            return _block_products(self, vectors)
+        if block_pays(len(vectors), self.num_positions):
+            return block_products(self, vectors)
         # The longer side is contracted first, so that the shorter one is left.
         short, long = sorted((self.left, self.right), key=lambda side: side.shape[2])
         matrices = vectors if long is self.left else vectors.transpose(1, 2)
         flat, other = long.flatten(end_dim=1), short.flatten(end_dim=1)
         positions = torch.stack([(flat @ matrix).mul_(other).sum(dim=1) for matrix in matrices])
-        return _by_row(positions, self.num_rows)
+        return by_row(positions, self.num_rows)
 
     def scaled(self, weights: Tensor) -> Outer:
         """See `Factors.scaled`."""
-        return replace(self, left=_times(weights, self.left))
+        return replace(self, left=times(weights, self.left))
 
     def merged(self, count: int) -> Outer:
         """See `Factors.merged`."""
-        return Outer(_merged(self.left, count), _merged(self.right, count))
+        return Outer(merged(self.left, count), merged(self.right, count))
 
 
 @dataclass(frozen=True)
-class Gathered(_Rows):
+class Gathered(Rows):
     """Σ_t δ_{k,t} in the row of an embedding that position t looked up."""
 
     indices: Tensor
@@ -232,7 +258,7 @@ class Gathered(_Rows):
     def combined(self, weights: Tensor) -> Tensor:
         """See `Factors.combined`."""
         flat = self.deltas.new_zeros(self.num_embeddings, self.deltas.shape[2])
-        return flat.index_add_(0, self.indices.flatten(), _times(weights, self.deltas).flatten(end_dim=1))
+        return flat.index_add_(0, self.indices.flatten(), times(weights, self.deltas).flatten(end_dim=1))
 
     def products(self, vectors: Tensor) -> Tensor:
         """See `Factors.products`."""
@@ -247,75 +273,15 @@ class Gathered(_Rows):
             segments = zip(found.tolist(), order.split(counts.tolist()), strict=True)
             for index, places in segments:
                 products[:, places] = vectors[:, index] @ deltas[places].T
-        return _by_row(products, self.num_rows)
+        return by_row(products, self.num_rows)
 
     def scaled(self, weights: Tensor) -> Gathered:
         """See `Factors.scaled`."""
-        return replace(self, deltas=_times(weights, self.deltas))
+        return replace(self, deltas=times(weights, self.deltas))
 
     def merged(self, count: int) -> Gathered:
         """See `Factors.merged`."""
-        return replace(self, indices=_merged(self.indices, count), deltas=_merged(self.deltas, count))
-
-
-@dataclass(frozen=True)
-class Convolved(_Rows):
-    """Σ_t over the places t of images: of a convolution in one or two dimensions."""
-
-    inputs: Tensor
-    """`[row, image, channel, height, width]`"""
-    deltas: Tensor
-    """`[row, image, channel, height, width]`"""
-    shape: tuple[int, ...]
-    """Of the weight; `[out, in, length]` in one dimension, where the height is one."""
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-
-    def gradients(self) -> Tensor:
-        """See `Factors.gradients`."""
-        images, deltas = self.inputs.flatten(end_dim=1), self.deltas.flatten(end_dim=1)
-        patches = F.unfold(images, self._kernel, stride=self.stride, padding=self.padding, dilation=self.dilation)
-        left = deltas.reshape(len(images), self.groups, -1, deltas[0, 0].numel())
-        right = patches.reshape(len(images), self.groups, -1, patches.shape[2])
-        single = left @ right.transpose(2, 3)
-        return single.reshape(*self.inputs.shape[:2], *self.shape).sum(dim=1)
-
-    def combined(self, weights: Tensor) -> Tensor:
-        """See `Factors.combined`."""
-        kernel = *self.shape[:2], *self._kernel
-        images, deltas = self.inputs.flatten(end_dim=1), _times(weights, self.deltas).flatten(end_dim=1)
-        settings = self.stride, self.padding, self.dilation, self.groups
-        total: Tensor = conv2d_weight(images, kernel, deltas, *settings)
-        return total.reshape(self.shape)
-
-    def products(self, vectors: Tensor) -> Tensor:
-        """See `Factors.products`."""
-        if _block_pays(len(vectors), self.deltas[0, :, 0].numel()):
-            return _block_products(self, vectors)
-        images, deltas = self.inputs.flatten(end_dim=1), self.deltas.flatten(end_dim=1)
-        kernels = vectors.reshape(len(vectors), *self.shape[:2], *self._kernel)
-        outputs = [
-            (F.conv2d(images, kernel, None, self.stride, self.padding, self.dilation, self.groups) * deltas).sum(
-                (1, 2, 3)
-            )
-            for kernel in kernels
-        ]
-        return _by_row(torch.stack(outputs), self.num_rows)
-
-    def scaled(self, weights: Tensor) -> Convolved:
-        """See `Factors.scaled`."""
-        return replace(self, deltas=_times(weights, self.deltas))
-
-    def merged(self, count: int) -> Convolved:
-        """See `Factors.merged`."""
-        return replace(self, inputs=_merged(self.inputs, count), deltas=_merged(self.deltas, count))
-
-    @property
-    def _kernel(self) -> tuple[int, int]:
-        height, width = (1, *self.shape[2:])[-2:]
-        return height, width
+        return replace(self, indices=merged(self.indices, count), deltas=merged(self.deltas, count))
 
 
 def strategy(factors: Factors, num_vectors: int) -> str:
@@ -325,32 +291,32 @@ def strategy(factors: Factors, num_vectors: int) -> str:
         factors: the gradients.
         num_vectors: the number of vectors.
     """
-    if isinstance(factors, Outer):
-        return "block" if _block_pays(num_vectors, factors.left.shape[1]) else "factors"
-    if isinstance(factors, Convolved):
-        return "block" if _block_pays(num_vectors, factors.deltas[0, :, 0].numel()) else "factors"
-    return "factors"
+    positions = factors.num_positions
+    return "block" if positions is not None and block_pays(num_vectors, positions) else "factors"
 
 
-def _times(weights: Tensor, rows: Tensor) -> Tensor:
+def times(weights: Tensor, rows: Tensor) -> Tensor:
+    """Each row times its weight `[row]`."""
     return weights.reshape(-1, *[1] * (rows.ndim - 1)) * rows
 
 
-def _merged(rows: Tensor, count: int) -> Tensor:
+def merged(rows: Tensor, count: int) -> Tensor:
     """`[row, position, …]` as `[row / count, count · position, …]`."""
     return rows.reshape(len(rows) // count, count * rows.shape[1], *rows.shape[2:])
 
 
-def _by_row(products: Tensor, num_rows: int) -> Tensor:
+def by_row(products: Tensor, num_rows: int) -> Tensor:
     """Sum `[query, row · position]` over positions, `[query, row]`."""
     return products.reshape(len(products), num_rows, products.shape[1] // num_rows).sum(dim=2)
 
 
-def _block_pays(num_vectors: int, num_positions: int) -> bool:
+def block_pays(num_vectors: int, num_positions: int) -> bool:
+    """Whether gradients that are sums over so many positions are formed before they are multiplied."""
     return num_vectors * num_positions > num_vectors + num_positions + _TRAFFIC
 
 
-def _block_products(factors: Outer | Convolved, vectors: Tensor) -> Tensor:
+def block_products(factors: Any, vectors: Tensor) -> Tensor:
+    """See `Factors.products`; the gradients are formed, some rows at a time."""
     flat = vectors.flatten(start_dim=1)
     size = max(1, _BLOCK_BYTES // (flat.shape[1] * flat.itemsize))
     rows = torch.arange(factors.num_rows, device=flat.device).split(size)

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from explaind.path.factors import Convolved, Factors, Gathered, Outer, Summed
+from explaind.path.convolved import Convolved
+from explaind.path.factors import Factors, Gathered, Outer, Summed
 
 __all__ = ["OPERATIONS", "Make", "NotByRowError", "Operation", "Split", "matrix"]
 

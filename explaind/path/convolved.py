@@ -1,0 +1,79 @@
+"""Gradients of single rows by the kernel of a convolution, as `explaind.path.factors` has those of other layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv2d_weight
+
+from explaind.path.factors import Rows, block_pays, block_products, by_row, merged, times
+
+__all__ = ["Convolved"]
+
+
+@dataclass(frozen=True)
+class Convolved(Rows):
+    """Σ_t over the places t of images: of a convolution in one or two dimensions."""
+
+    inputs: Tensor
+    """`[row, image, channel, height, width]`"""
+    deltas: Tensor
+    """`[row, image, channel, height, width]`"""
+    shape: tuple[int, ...]
+    """Of the weight; `[out, in, length]` in one dimension, where the height is one."""
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    @property
+    def num_positions(self) -> int:
+        """See `Factors.num_positions`."""
+        return self.deltas[0, :, 0].numel()
+
+    def gradients(self) -> Tensor:
+        """See `Factors.gradients`."""
+        images, deltas = self.inputs.flatten(end_dim=1), self.deltas.flatten(end_dim=1)
+        patches = F.unfold(images, self._kernel, stride=self.stride, padding=self.padding, dilation=self.dilation)
+        left = deltas.reshape(len(images), self.groups, -1, deltas[0, 0].numel())
+        right = patches.reshape(len(images), self.groups, -1, patches.shape[2])
+        single = left @ right.transpose(2, 3)
+        return single.reshape(*self.inputs.shape[:2], *self.shape).sum(dim=1)
+
+    def combined(self, weights: Tensor) -> Tensor:
+        """See `Factors.combined`."""
+        kernel = *self.shape[:2], *self._kernel
+        images, deltas = self.inputs.flatten(end_dim=1), times(weights, self.deltas).flatten(end_dim=1)
+        settings = self.stride, self.padding, self.dilation, self.groups
+        total: Tensor = conv2d_weight(images, kernel, deltas, *settings)
+        return total.reshape(self.shape)
+
+    def products(self, vectors: Tensor) -> Tensor:
+        """See `Factors.products`."""
+        if block_pays(len(vectors), self.num_positions):
+            return block_products(self, vectors)
+        images, deltas = self.inputs.flatten(end_dim=1), self.deltas.flatten(end_dim=1)
+        kernels = vectors.reshape(len(vectors), *self.shape[:2], *self._kernel)
+        outputs = [
+            (F.conv2d(images, kernel, None, self.stride, self.padding, self.dilation, self.groups) * deltas).sum(
+                (1, 2, 3)
+            )
+            for kernel in kernels
+        ]
+        return by_row(torch.stack(outputs), self.num_rows)
+
+    def scaled(self, weights: Tensor) -> Convolved:
+        """See `Factors.scaled`."""
+        return replace(self, deltas=times(weights, self.deltas))
+
+    def merged(self, count: int) -> Convolved:
+        """See `Factors.merged`."""
+        return replace(self, inputs=merged(self.inputs, count), deltas=merged(self.deltas, count))
+
+    @property
+    def _kernel(self) -> tuple[int, int]:
+        height, width = (1, *self.shape[2:])[-2:]
+        return height, width
