@@ -38,7 +38,7 @@ def data_source(data: Any) -> Callable[[list[int]], Any]:
         )
     if isinstance(data, DataLoader) and data.batch_sampler is None:  # the data set makes batches itself
         return _Examples(lambda ids: collate(dataset[ids]))
-    if hasattr(dataset, "__getitem__") and not isinstance(dataset, type):
+    if hasattr(dataset, "__getitem__") and not isinstance(dataset, (str, bytes, type)):
         return _Examples(lambda ids: collate(_items(dataset, ids)))
     if callable(data) and not isinstance(data, type):
         return _Examples(data)

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from explaind.data_source import data_source
 from explaind.description import check_description
 from explaind.errors import DamagedStoreWarning, StoreFormatError, UnknownUpdateRuleError
 from explaind.matching import check_calls, check_model
@@ -39,11 +40,12 @@ class Record(RecordedCalls):
         objective: Callable[[nn.Module, Any], Tensor] | None = None,
         data: Any = None,
     ) -> None:
+        source = None if data is None else data_source(data)
         store = StoreReader(path)
         store.check_arrays()
         attributes, commit = store.attributes, store.commit
         with decoding("the attributes", path):
-            super().__init__(store, ParameterTable.from_json(attributes["parameters"]), commit.num_steps, data)
+            super().__init__(store, ParameterTable.from_json(attributes["parameters"]), commit.num_steps, source)
             self.optimizer: str = attributes["optimizer"]
             modules: dict[str, str] = attributes["modules"]
             self._fixed_layout: list[dict[str, Any]] = attributes["fixed"]

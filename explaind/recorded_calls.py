@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -49,13 +49,19 @@ class RecordedCalls:
         store: the store.
         table: order of the recorded parameters.
         num_steps: number of whole steps.
-        data: where the inputs are, if the store only refers to them.
+        source: takes example ids to their batch, if the store only refers to inputs.
 
     Raises:
         KeyError, TypeError, ValueError: the store's attributes are incomplete.
     """
 
-    def __init__(self, store: StoreReader, table: ParameterTable, num_steps: int, data: Any = None) -> None:
+    def __init__(
+        self,
+        store: StoreReader,
+        table: ParameterTable,
+        num_steps: int,
+        source: Callable[[list[int]], Any] | None = None,
+    ) -> None:
         self._store = store
         self.table = table
         """Order of the recorded parameters."""
@@ -65,7 +71,7 @@ class RecordedCalls:
         self._input_cache: dict[str, NDArray[Any]] = {}
         self._references: ReferencedInputs | None = None
         if self.refers_to_data:
-            self._references = ReferencedInputs(store.path, _read_layouts(store, self._input_layouts), data)
+            self._references = ReferencedInputs(store.path, _read_layouts(store, self._input_layouts), source)
 
     @cached_property
     def examples(self) -> NDArray[np.int64]:

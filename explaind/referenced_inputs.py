@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from explaind.calls import named_tensors
-from explaind.data_source import data_source
 from explaind.errors import DataMismatchError, NotRecordedError
 from explaind.recording.host import to_numpy
 from explaind.recording.references import row_digests
@@ -69,12 +68,11 @@ class ReferencedInputs:
     Args:
         path: the run.
         layouts: what its inputs are like.
-        data: the data set, see `explaind.data_source`; None if there is none.
+        source: takes example ids to their batch, as `explaind.data_source` makes it; None if there is no data set.
     """
 
-    def __init__(self, path: Path, layouts: Sequence[InputLayout], data: Any) -> None:
-        self._path, self._layouts = path, layouts
-        self._source: Callable[[list[int]], Any] | None = None if data is None else data_source(data)
+    def __init__(self, path: Path, layouts: Sequence[InputLayout], source: Callable[[list[int]], Any] | None) -> None:
+        self._path, self._layouts, self._source = path, layouts, source
         self._caches: dict[int, RowCache] = {}
         self._found_as: dict[tuple[int, str], str] = {}
         self._lock = RLock()
