@@ -16,6 +16,7 @@ from explaind.recording.forwards import ForwardCall
 __all__ = ["References", "digest_array", "row_digests"]
 
 _DIGEST_BYTES = 16
+_NOBODY = np.iinfo(np.int64).min
 
 
 def row_digests(rows: NDArray[Any]) -> NDArray[np.uint8]:
@@ -48,6 +49,7 @@ class References:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._owners: dict[int, NDArray[np.int64]] = {}
         self._first: dict[int, dict[int, int]] = {}
         self._others: set[tuple[int, int, int]] = set()
         self._new: set[tuple[int, int]] = set()
@@ -75,15 +77,14 @@ class References:
 
     def note(self, ids: NDArray[np.int64], inputs: NDArray[np.int64], layout: int, step: int) -> None:
         """Look at which input of a layout each example of a call comes with, `[row]`; called by the writer's thread."""
-        first = self._first.setdefault(layout, {})
-        examples = ids.tolist()
-        expected = np.fromiter((first.get(example, -1) for example in examples), np.int64, len(examples))
-        if np.array_equal(expected, inputs):
+        owners, first = self._room_for(int(inputs.max()), layout), self._first.setdefault(layout, {})
+        new = owners[inputs] != ids
+        if not new.any():
             return
         if step != self._step:
             self._step = step
             self._new.clear()
-        for example, number in zip(examples, inputs.tolist(), strict=True):
+        for example, number in zip(ids[new].tolist(), inputs[new].tolist(), strict=True):
             if example not in first:
                 first[example] = number
                 self._new.add((layout, example))
@@ -92,6 +93,15 @@ class References:
                     self._changed = self._changed or (example, step)
                     return
                 self._others.add((layout, example, number))
+            owners[number] = example
+
+    def _room_for(self, number: int, layout: int) -> NDArray[np.int64]:
+        """The last example that came with each input of a layout, as many as there are or more."""
+        owners = self._owners.get(layout, np.empty(0, np.int64))
+        if number >= len(owners):
+            more = np.full(max(len(owners), number + 1 - len(owners)), _NOBODY)
+            owners = self._owners[layout] = np.concatenate([owners, more])
+        return owners
 
     def check(self) -> None:
         """Raise, once, if an example came with other inputs than before.
