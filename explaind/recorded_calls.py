@@ -16,7 +16,7 @@ from explaind.calls import CallKind, tensor_names
 from explaind.errors import DamagedStoreError
 from explaind.parameters import ParameterTable, named_dtype
 from explaind.recording.calls import input_array, output_grad_array
-from explaind.recording.references import digest_array
+from explaind.recording.references import DIGEST_BYTES, digest_array
 from explaind.referenced_inputs import InputLayout, ReferencedInputs, Wanted
 from explaind.replay.batch import BatchCall
 from explaind.store import StoreReader, decoding
@@ -246,10 +246,13 @@ def _read_calls(attributes: dict[str, Any]) -> tuple[list[tuple[CallKind, int]],
 
 def _read_layouts(store: StoreReader, dtypes: list[dict[str, torch.dtype]]) -> list[InputLayout]:
     """What the inputs of each layout are like that the store refers to."""
-    shapes = [
-        {n: tuple(map(int, shape)) for n, shape in own.items()} for own in store.attributes.get("input_shapes", [])
-    ]
-    return [
-        InputLayout(shapes=own, dtypes=types, num_inputs=store.length(f"input_{number}" if number else "input"))
-        for number, (own, types) in enumerate(zip(shapes, dtypes, strict=True))
-    ]
+    layouts = []
+    for number, (own, types) in enumerate(zip(store.attributes.get("input_shapes", []), dtypes, strict=True)):
+        shapes = {name: tuple(map(int, shape)) for name, shape in own.items()}
+        arrays = [digest_array(number, name) for name in shapes]
+        is_whole = shapes.keys() == types.keys() and all(size >= 0 for shape in shapes.values() for size in shape)
+        if not is_whole or any(store.has(name) and store.row_shape(name) != (DIGEST_BYTES,) for name in arrays):
+            raise ValueError(f"inputs of layout {number} cannot have the shapes {own!r:.200}, or other digests")
+        num_inputs = store.length(f"input_{number}" if number else "input")
+        layouts.append(InputLayout(shapes=shapes, dtypes=types, num_inputs=num_inputs))
+    return layouts

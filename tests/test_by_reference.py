@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 import explaind
 from explaind import referenced_inputs
 from explaind.cli import main
-from explaind.errors import DataMismatchError, NotRecordedError, RecordingError
+from explaind.errors import DamagedStoreError, DataMismatchError, NotRecordedError, RecordingError
 from explaind.row_cache import RowCache
 from tests.cases import BY_NAME, NUM_EXAMPLES, data, mlp, query, record
 from tests.traced import change_attributes, momentum_sgd, recorded, step_on
@@ -540,11 +540,19 @@ def test_what_needs_no_inputs_needs_no_data(path, stored):
     assert run.info().num_examples == 9
 
 
-def test_damage_to_the_description_is_noticed(path, tmp_path):
+@pytest.mark.parametrize("shapes", [[], [{"0": [-3]}], [{"1": [3]}], [{"0": ["x"]}], 7], ids=str)
+def test_damage_to_the_description_is_noticed(shapes, path, tmp_path):
     copy = shutil.copytree(path, tmp_path / "run.zarr")
-    change_attributes(copy, lambda attributes: attributes.update(input_shapes=[]))
-    with pytest.raises(explaind.errors.DamagedStoreError, match="the attributes"):
+    change_attributes(copy, lambda attributes: attributes.update(input_shapes=shapes))
+    with pytest.raises(DamagedStoreError, match="the attributes"):
         opened(copy, data=data())
+
+
+def test_a_store_with_other_shapes_finds_nothing(path, tmp_path):
+    copy = shutil.copytree(path, tmp_path / "run.zarr")
+    change_attributes(copy, lambda attributes: attributes.update(input_shapes=[{"0": [4]}]))
+    with pytest.raises(DataMismatchError, match=r"was float64 \(4,\), the data set has '0' float64 \(3,\)"):
+        opened(copy, data=data()).verify()
 
 
 # ------------------------------------------------------------------ exports and the command line

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from explaind.errors import RecordingError
 from explaind.recording.forwards import ForwardCall
 
-__all__ = ["References", "digest_array", "row_digests"]
+__all__ = ["DIGEST_BYTES", "References", "digest_array", "row_digests"]
 
-_DIGEST_BYTES = 16
+DIGEST_BYTES = 16
+"""Length of a digest."""
 _NOBODY = np.iinfo(np.int64).min
 
 
@@ -27,8 +28,8 @@ def row_digests(rows: NDArray[Any]) -> NDArray[np.uint8]:
         [[210, 182], [122, 139], [154, 202]]
     """
     plain = np.ascontiguousarray(rows.astype(rows.dtype.newbyteorder("<"), copy=False))
-    made = [hashlib.blake2b(row.data, digest_size=_DIGEST_BYTES).digest() for row in plain.reshape(len(plain), -1)]
-    return np.frombuffer(b"".join(made), np.uint8).reshape(len(made), _DIGEST_BYTES)
+    made = [hashlib.blake2b(row.data, digest_size=DIGEST_BYTES).digest() for row in plain.reshape(len(plain), -1)]
+    return np.frombuffer(b"".join(made), np.uint8).reshape(len(made), DIGEST_BYTES)
 
 
 def digest_array(layout: int, name: str) -> str:
