@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import sys
 from collections.abc import Callable
@@ -44,6 +45,31 @@ def _imported(ctx: click.Context, param: click.Parameter, value: str | None) -> 
     """A function of a Python module, given as `package.module:name`."""
     if value is None:
         return None
+    found = _named(ctx, param, value)
+    if not callable(found):
+        raise click.BadParameter(f"{value!r}: the module has a {type(found).__name__} there, no function.", ctx, param)
+    return found
+
+
+def _imported_data(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
+    """Where inputs are, by the same kind of name; what makes it is called."""
+    if value is None:
+        return None
+    found = _named(ctx, param, value)
+    makes = isinstance(found, type) or (callable(found) and not hasattr(found, "__getitem__"))
+    return found() if makes and _needs_nothing(found) else found
+
+
+def _needs_nothing(function: Callable[..., Any]) -> bool:
+    """Whether a function can be called without arguments."""
+    try:
+        inspect.signature(function).bind()
+    except (TypeError, ValueError):  # of what is not written in Python
+        return False
+    return True
+
+
+def _named(ctx: click.Context, param: click.Parameter, value: str) -> Any:
     module_name, colon, name = value.partition(":")
     if not (module_name and colon and name):
         raise click.BadParameter(f"{value!r} is not of the form package.module:name.", ctx, param)
@@ -53,9 +79,8 @@ def _imported(ctx: click.Context, param: click.Parameter, value: str | None) -> 
         found = getattr(importlib.import_module(module_name), name, None)
     except ModuleNotFoundError as error:
         raise click.BadParameter(f"{value!r}: {error}; it is looked for in {Path.cwd()}, too.", ctx, param) from error
-    if not callable(found):
-        what = "has nothing of that name" if found is None else f"has a {type(found).__name__} there, no function"
-        raise click.BadParameter(f"{value!r}: the module {what}.", ctx, param)
+    if found is None:
+        raise click.BadParameter(f"{value!r}: the module has nothing of that name.", ctx, param)
     return found
 
 
@@ -82,6 +107,13 @@ _objective = click.option(
     callback=_imported,
     metavar="MODULE:NAME",
     help="The function that explaind.trace was given as objective, if it was.",
+)
+_data = click.option(
+    "--data",
+    callback=_imported_data,
+    metavar="MODULE:NAME",
+    help="Where the inputs are, if the run was recorded with inputs='by_reference': a map-style data set, a DataLoader "
+    "of it, a function that takes a list of ids to the inputs, or one without arguments that makes any of these.",
 )
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
@@ -115,8 +147,11 @@ def info(run: Path, as_json: bool) -> None:
 @_run
 @_model
 @_objective
+@_data
 @_json
-def verify(run: Path, model: Callable[..., Any] | None, objective: Callable[..., Any] | None, as_json: bool) -> None:
+def verify(
+    run: Path, model: Callable[..., Any] | None, objective: Callable[..., Any] | None, data: Any, as_json: bool
+) -> None:
     """Check every chunk of every array of RUN against its checksum.
 
     All damage is listed, and then the exit code is 1. With --model every step is replayed, too: the gradient from its
@@ -134,7 +169,9 @@ def verify(run: Path, model: Callable[..., Any] | None, objective: Callable[...,
         skipped = ", so no step was replayed" if model is not None else ""
         failure = click.ClickException(f"{run}: {lost} damaged{skipped}.")
     else:
-        opened = _opened(run, model, objective)
+        opened = _opened(run, model, objective, data)
+        if model is not None:
+            _check_data(opened, data, "replaying it")
         try:
             report = opened.verify(progress=True) if model is not None else None
         except VerificationError as error:
@@ -178,6 +215,7 @@ def verify(run: Path, model: Callable[..., Any] | None, objective: Callable[...,
 )
 @_model
 @_objective
+@_data
 def export(
     run: Path,
     out: Path,
@@ -185,13 +223,16 @@ def export(
     every: int | None,
     model: Callable[..., Any] | None,
     objective: Callable[..., Any] | None,
+    data: Any,
 ) -> None:
     """Write some of the steps of RUN to a run of their own, the new directory OUT."""
     from explaind.run import open_run, successive_steps
 
     if every is not None and model is None:
         raise click.UsageError("--every replays the steps, which takes --model module:name.")
-    opened = _opened(run, model, objective)
+    opened = _opened(run, model, objective, data)
+    if every is not None:
+        _check_data(opened, data, "--every")
     try:
         chosen = successive_steps(steps, opened.num_steps)
     except ValueError as error:
@@ -208,7 +249,7 @@ def export(
     click.echo(f"{open_run(out).num_steps:,} steps are in {out}")
 
 
-def _opened(run: Path, model: Callable[..., Any] | None, objective: Callable[..., Any] | None) -> Run:
+def _opened(run: Path, model: Callable[..., Any] | None, objective: Callable[..., Any] | None, data: Any) -> Run:
     from torch import nn
 
     from explaind.run import open_run
@@ -216,9 +257,20 @@ def _opened(run: Path, model: Callable[..., Any] | None, objective: Callable[...
     made = model if model is None or isinstance(model, nn.Module) else model()
     if not (made is None or isinstance(made, nn.Module)):
         raise click.UsageError(f"--model must name a torch.nn.Module or what makes one; it made {made!r}.")
-    opened = open_run(run, made, objective=objective)
+    try:
+        opened = open_run(run, made, objective=objective, data=data)
+    except TypeError as error:
+        if data is None:
+            raise
+        raise click.BadParameter(str(error), param_hint="--data") from error
     if made is not None and opened.uses_objective and objective is None:
         raise click.UsageError(
             "the run was recorded with an objective: name the function with --objective module:name."
         )
     return opened
+
+
+def _check_data(opened: Run, data: Any, what: str) -> None:
+    """What replays the steps of a run whose inputs are in a data set needs that."""
+    if opened.refers_to_data and data is None:
+        raise click.UsageError(f"the run has its inputs by reference: {what} takes the data set, --data module:name.")

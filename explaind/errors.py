@@ -4,6 +4,7 @@ __all__ = [
     "ClosureError",
     "DamagedStoreError",
     "DamagedStoreWarning",
+    "DataMismatchError",
     "ExplaindError",
     "ModelMismatchError",
     "NonFiniteError",
@@ -50,6 +51,10 @@ class DamagedStoreError(ExplaindError, OSError):
 
 class ModelMismatchError(ExplaindError, ValueError):
     """The model given to read a run is not the model that was recorded."""
+
+
+class DataMismatchError(ExplaindError, ValueError):
+    """The data set given to read a run does not have what the model was called with."""
 
 
 class NotRecordedError(ExplaindError, LookupError):

@@ -7,7 +7,7 @@ from typing import Any
 
 from explaind.units import readable_size
 
-__all__ = ["INPUTS", "REST", "ArrayInfo", "KindInfo", "Leftover", "StoreInfo", "kind_of"]
+__all__ = ["DIGESTS", "INPUTS", "REST", "ArrayInfo", "KindInfo", "Leftover", "StoreInfo", "kind_of"]
 
 _KINDS = {
     "params": "parameters",
@@ -19,8 +19,8 @@ _KINDS = {
     "output_grads": "output gradients",
     "example_grad": "example gradients",
 }
-INPUTS, REST = "inputs", "settings, ids and random states"
-"""What arrays of inputs hold, and all that are small."""
+INPUTS, DIGESTS, REST = "inputs", "checksums of inputs", "settings, ids and random states"
+"""What arrays of inputs hold, of their digests where they are only referred to, and all that are small."""
 
 
 def kind_of(array: str) -> str:
@@ -31,6 +31,8 @@ def kind_of(array: str) -> str:
         'optimizer state'
     """
     first = array.partition("/")[0]
+    if first.startswith("input_digests"):
+        return DIGESTS
     return INPUTS if first.startswith("inputs") else _KINDS.get(first, REST)
 
 
@@ -98,6 +100,8 @@ class StoreInfo:
     """Number of whole steps that are published."""
     snapshot_every: int
     """Number of steps from one stored snapshot of the parameters to the next."""
+    inputs: str
+    """`"stored"`, or `"by_reference"` if only the ids of the examples lead to them."""
     num_examples: int | None
     """Number of distinct examples in these steps; None if damage keeps from counting them."""
     model: str
@@ -160,7 +164,7 @@ class StoreInfo:
         facts = {
             "run": f"{self.path} (format {self.format_version})",
             "steps": steps,
-            "examples": examples,
+            "examples": examples + (", inputs by reference" if self.inputs == "by_reference" else ""),
             "model": f"{self.model}, {self.num_elements:,} parameters in {self.num_tensors:,} tensors",
             "optimizer": self.optimizer,
             "size": readable_size(self.stored_bytes),

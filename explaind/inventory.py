@@ -69,6 +69,7 @@ def store_info(path: Path) -> StoreInfo:
         complete=store.commit.complete,
         num_steps=store.commit.num_steps,
         snapshot_every=int(attributes.get("snapshot_every", 1)),
+        inputs="by_reference" if attributes.get("inputs") == "by_reference" else "stored",
         num_examples=num_examples,
         model=str(attributes.get("model", "unknown")),
         optimizer=optimizer,

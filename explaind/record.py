@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from explaind.data_source import data_source
 from explaind.description import check_description
 from explaind.errors import DamagedStoreWarning, StoreFormatError, UnknownUpdateRuleError
 from explaind.matching import check_calls, check_model
@@ -33,13 +34,18 @@ class Record(RecordedCalls):
     """The published steps of a store, and the model that they belong to, if it was given."""
 
     def __init__(
-        self, path: Path, model: nn.Module | None, objective: Callable[[nn.Module, Any], Tensor] | None = None
+        self,
+        path: Path,
+        model: nn.Module | None,
+        objective: Callable[[nn.Module, Any], Tensor] | None = None,
+        data: Any = None,
     ) -> None:
+        source = None if data is None else data_source(data)
         store = StoreReader(path)
         store.check_arrays()
         attributes, commit = store.attributes, store.commit
         with decoding("the attributes", path):
-            super().__init__(store, ParameterTable.from_json(attributes["parameters"]), commit.num_steps)
+            super().__init__(store, ParameterTable.from_json(attributes["parameters"]), commit.num_steps, source)
             self.optimizer: str = attributes["optimizer"]
             modules: dict[str, str] = attributes["modules"]
             self._fixed_layout: list[dict[str, Any]] = attributes["fixed"]
@@ -126,7 +132,8 @@ class Record(RecordedCalls):
     @property
     def cached_bytes(self) -> int:
         """Most bytes of the record that are kept in memory between reads."""
-        return self._store.cached_bytes + self._moments.cached_bytes
+        referred_to = 0 if self._references is None else self._references.cached_bytes
+        return self._store.cached_bytes + self._moments.cached_bytes + referred_to
 
     @property
     def replays_gradients(self) -> bool:

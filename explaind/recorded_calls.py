@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,6 +16,8 @@ from explaind.calls import CallKind, tensor_names
 from explaind.errors import DamagedStoreError
 from explaind.parameters import ParameterTable, named_dtype
 from explaind.recording.calls import input_array, output_grad_array
+from explaind.recording.references import DIGEST_BYTES, digest_array
+from explaind.referenced_inputs import InputLayout, ReferencedInputs, Wanted
 from explaind.replay.batch import BatchCall
 from explaind.store import StoreReader, decoding
 
@@ -46,19 +49,29 @@ class RecordedCalls:
         store: the store.
         table: order of the recorded parameters.
         num_steps: number of whole steps.
+        source: takes example ids to their batch, if the store only refers to inputs.
 
     Raises:
         KeyError, TypeError, ValueError: the store's attributes are incomplete.
     """
 
-    def __init__(self, store: StoreReader, table: ParameterTable, num_steps: int) -> None:
+    def __init__(
+        self,
+        store: StoreReader,
+        table: ParameterTable,
+        num_steps: int,
+        source: Callable[[list[int]], Any] | None = None,
+    ) -> None:
         self._store = store
         self.table = table
         """Order of the recorded parameters."""
         self.num_steps = num_steps
         """S, the number of whole steps; parameters exist for steps 0 … S."""
         self._kinds, self._input_layouts = _read_calls(store.attributes)
-        self._input_cache: dict[tuple[int, str], NDArray[Any]] = {}
+        self._input_cache: dict[str, NDArray[Any]] = {}
+        self._references: ReferencedInputs | None = None
+        if self.refers_to_data:
+            self._references = ReferencedInputs(store.path, _read_layouts(store, self._input_layouts), source)
 
     @cached_property
     def examples(self) -> NDArray[np.int64]:
@@ -121,26 +134,35 @@ class RecordedCalls:
         position = self._store.read("row_input", start, stop)
         if np.any(position < 0):
             raise ValueError("a row's input has a negative number")
-        first = int(self._kind_offsets[index])
+        first, examples = int(self._kind_offsets[index]), self._store.read("row_example", start, stop)
         return RecordedCall(
             kind=kind,
-            inputs={
-                name: torch.from_numpy(self._inputs(layout, name)[position]).to(dtype)
-                for name, dtype in self._input_layouts[layout].items()
-            },
+            inputs=self._call_inputs(index, layout, position, examples),
             output_grads={
                 name: torch.from_numpy(
                     self._store.read(output_grad_array(number, place, name), first, first + stop - start)
                 )
                 for place, name in enumerate(kind.outputs)
             },
-            examples=self._store.read("row_example", start, stop),
+            examples=examples,
             rows=slice(start, stop),
             training=self._store.read("training", index, index + 1)[0],
             rng_state=self._store.read("rng_state", index, index + 1)[0],
             reached=self._call_reached(index),
             fixed_version=self._call_fixed(index),
             output_fingerprint=self._store.read("output_fingerprint", index, index + 1)[0],
+        )
+
+    def _call_inputs(
+        self, index: int, layout: int, position: NDArray[np.int64], examples: NDArray[np.int64]
+    ) -> Mapping[str, Tensor]:
+        names = self._input_layouts[layout]
+        if self._references is None:
+            return {n: torch.from_numpy(self._inputs(input_array(layout, n))[position]).to(t) for n, t in names.items()}
+        digests = {name: self._inputs(digest_array(layout, name))[position] for name in names}
+        step = int(self._call_steps[index])
+        return self._references.of(
+            Wanted(step=step, layout=layout, numbers=position, examples=examples, digests=digests)
         )
 
     def _call_reached(self, index: int) -> frozenset[str]:
@@ -178,10 +200,15 @@ class RecordedCalls:
             offsets[members] = np.cumsum(counts[members]) - counts[members]
         return offsets
 
-    def _inputs(self, layout: int, name: str) -> NDArray[Any]:
-        if (layout, name) not in self._input_cache:
-            self._input_cache[layout, name] = self._store.read(input_array(layout, name))
-        return self._input_cache[layout, name]
+    def _inputs(self, array: str) -> NDArray[Any]:
+        if array not in self._input_cache:
+            self._input_cache[array] = self._store.read(array)
+        return self._input_cache[array]
+
+    @property
+    def refers_to_data(self) -> bool:
+        """Whether inputs are not stored, but found in the data set by the ids of the examples."""
+        return bool(self._store.attributes.get("inputs") == "by_reference")
 
     @property
     def uses_objective(self) -> bool:
@@ -215,3 +242,17 @@ def _read_calls(attributes: dict[str, Any]) -> tuple[list[tuple[CallKind, int]],
         if layout < 0 or not set(tensor_names(kind.template)) <= layouts[layout].keys():
             raise ValueError(f"the layout of a call's inputs does not have all of its tensors: {kind.template!r:.200}")
     return kinds, [{name: named_dtype(dtype) for name, dtype in layout.items()} for layout in layouts]
+
+
+def _read_layouts(store: StoreReader, dtypes: list[dict[str, torch.dtype]]) -> list[InputLayout]:
+    """What the inputs of each layout are like that the store refers to."""
+    layouts = []
+    for number, (own, types) in enumerate(zip(store.attributes.get("input_shapes", []), dtypes, strict=True)):
+        shapes = {name: tuple(map(int, shape)) for name, shape in own.items()}
+        arrays = [digest_array(number, name) for name in shapes]
+        is_whole = shapes.keys() == types.keys() and all(size >= 0 for shape in shapes.values() for size in shape)
+        if not is_whole or any(store.has(name) and store.row_shape(name) != (DIGEST_BYTES,) for name in arrays):
+            raise ValueError(f"inputs of layout {number} cannot have the shapes {own!r:.200}, or other digests")
+        num_inputs = store.length(f"input_{number}" if number else "input")
+        layouts.append(InputLayout(shapes=shapes, dtypes=types, num_inputs=num_inputs))
+    return layouts

@@ -34,6 +34,7 @@ def open_run(
     model: nn.Module | None = None,
     *,
     objective: Callable[[nn.Module, Any], Tensor] | None = None,
+    data: Any = None,
 ) -> Run:
     """Open a recorded run for reading; also while it is still being written.
 
@@ -42,27 +43,39 @@ def open_run(
         model: a model of the recorded architecture. Its weights are ignored, and left as they are: all
             weights come from the store. Without it, what needs a forward pass is not possible.
         objective: the function that `explaind.trace` was given, if any: a store holds no code.
+        data: where the inputs of a run with `inputs="by_reference"` are: the map-style data set that it was recorded
+            with, or the DataLoader, whose `collate_fn` is then used; by ids given by hand, anything with items of these
+            ids. Or a function that takes a list of ids to tensors with a row for each, such as
+            `lambda ids: normalise(images[ids])` for a loop that changed its batches before it called the model. Names
+            and order of tensors do not matter, nor do types and the shape of a row: what the model was called with is
+            found by its content. Runs whose inputs are stored do not use it.
 
     Raises:
         StoreFormatError: not a run, an empty one, or one in a newer format.
         DamagedStoreError: the store's metadata cannot be read.
         ModelMismatchError: the model's parameters or modules are not those recorded.
+        TypeError: `data` is no data set, nor a function. When inputs are needed, there is a `NotRecordedError` without
+            it, and a `DataMismatchError` where an example's item is not what the model was called with.
     """
     path = Path(store)
     if "checkpoints" in StoreReader(path).attributes:
         from explaind.checkpoints import CheckpointRun
 
         return CheckpointRun(path, model)
-    return Run(path, model, objective)
+    return Run(path, model, objective, data)
 
 
 class Run(Record):
     """The published steps of a recorded run; made by `open_run`."""
 
     def __init__(
-        self, path: Path, model: nn.Module | None, objective: Callable[[nn.Module, Any], Tensor] | None = None
+        self,
+        path: Path,
+        model: nn.Module | None,
+        objective: Callable[[nn.Module, Any], Tensor] | None = None,
+        data: Any = None,
     ) -> None:
-        super().__init__(path, model, objective)
+        super().__init__(path, model, objective, data)
         self.layers = default_layers(self.table.names)
         self.examples_alone: dict[int, bool] = {}
         """Of the steps that were replayed to tell, whether the gradient is its examples', with nothing else in it."""
@@ -136,7 +149,7 @@ class Run(Record):
         return {
             "run": str(self.path),
             "steps": f"{self.num_steps:,}" + ("" if self.complete else " so far (still recording, or interrupted)"),
-            "examples": f"{len(self.examples):,}",
+            "examples": f"{len(self.examples):,}" + (", inputs by reference" if self.refers_to_data else ""),
             "parameters": f"{self.table.num_elements:,} in {len(self.table)} tensors, {len(self.layers)} layers",
             "optimizer": " + ".join(dict.fromkeys(name.rpartition(".")[2] for name in self.group_optimizers)) + known,
             "size": f"{size / 2**20:,.1f} MiB",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -16,6 +16,7 @@ from explaind.recording.examples import InputTable
 from explaind.recording.forwards import ForwardCall
 from explaind.recording.host import to_numpy
 from explaind.recording.naming import ExampleNames
+from explaind.recording.references import References, digest_array, row_digests
 from explaind.recording.repeated import Repeated, among
 from explaind.recording.writer import Later, Rows
 
@@ -28,6 +29,7 @@ class CallRows:
     Args:
         names: gives the rows' example ids.
         example_grads: computes the per-example gradients of a call, `[row, element]`; None if they are not stored.
+        references: looks after inputs that are only referred to; None if they are stored.
         hold: takes rows of arrays.
         describe: takes attributes of the run.
     """
@@ -37,13 +39,15 @@ class CallRows:
         *,
         names: ExampleNames,
         example_grads: Callable[[ForwardCall], NDArray[Any]] | None,
+        references: References | None,
         hold: Callable[[Rows | Later], None],
         describe: Callable[..., None],
     ) -> None:
-        self._names, self._example_grads = names, example_grads
+        self._names, self._example_grads, self._references = names, example_grads, references
         self._hold, self._describe = hold, describe
         self._inputs = InputTable()
         self._layouts: list[dict[str, str]] = []
+        self._shapes: list[dict[str, list[int]]] = []
         self._kinds: dict[Any, int] = {}
         self._last: tuple[CallKind, int, list[Any], int] | None = None
         self._reached = Repeated(among)
@@ -58,7 +62,8 @@ class CallRows:
             parameters: names of the recorded parameters.
 
         Raises:
-            RecordingError: it was made with the parameters of an earlier step, or its examples are not known.
+            RecordingError: it was made with the parameters of an earlier step, its examples are not known, or its
+                inputs cannot be referred to.
         """
         if call.step != step:
             raise RecordingError(
@@ -74,6 +79,7 @@ class CallRows:
         layout = self._inputs.layout(call.inputs)
         if layout == len(self._layouts):
             self._layouts.append(call.input_dtypes)
+            self._shapes.append({name: list(rows.shape[1:]) for name, rows in call.inputs.items()})
         kind = self._kind(call, layout)
         for place, (name, gradient) in enumerate(call.output_grads.items()):
             cotangents = to_numpy(gradient, copy=False)
@@ -85,8 +91,10 @@ class CallRows:
                 )
             )
         ids = self._names.resolve(call.example_ids, call.inputs, step, call.part)
+        if self._references is not None:
+            self._references.check_call(call, ids)
         num_bytes = sum(rows.nbytes for rows in call.inputs.values())
-        self._hold(Later(lambda: self._input_rows(call.inputs, layout, ids), num_bytes))
+        self._hold(Later(lambda: self._input_rows(call, layout, ids), num_bytes))
         if self._example_grads is not None:
             self._hold(("example_grad", self._example_grads(call), ("row", "element")))
         self._hold_one("call_step", np.int64(step), ("call",))
@@ -106,17 +114,23 @@ class CallRows:
             if key not in self._kinds:
                 self._kinds[key] = len(self._kinds)
                 self._descriptions.append(dataclasses.asdict(kind) | {"inputs": layout})
-                self._describe(call_kinds=self._descriptions, input_layouts=self._layouts)
+                shapes_of = {} if self._references is None else {"input_shapes": self._shapes}
+                self._describe(call_kinds=self._descriptions, input_layouts=self._layouts, **shapes_of)
             self._last = (kind, layout, shapes, self._kinds[key])
         return self._last[3]
 
-    def _input_rows(self, inputs: Mapping[str, NDArray[Any]], layout: int, ids: NDArray[np.int64] | None) -> list[Rows]:
-        """Which inputs a call's rows have, and those inputs that are new."""
-        content, index, new = self._inputs.add(inputs, layout)
+    def _input_rows(self, call: ForwardCall, layout: int, ids: NDArray[np.int64] | None) -> list[Rows]:
+        """Which inputs a call's rows have, and those inputs that are new, or their digests."""
+        content, index, new = self._inputs.add(call.inputs, layout)
         rows: list[Rows] = [("row_input", index, ("row",)), ("row_example", content if ids is None else ids, ("row",))]
         dimension = f"input_{layout}" if layout else "input"
-        for name, values in inputs.items() if len(new) else ():
-            rows.append((input_array(layout, name), values[new], (dimension, *_axes(name, values))))
+        for name, values in call.inputs.items() if len(new) else ():
+            if self._references is None:
+                rows.append((input_array(layout, name), values[new], (dimension, *_axes(name, values))))
+            else:
+                rows.append((digest_array(layout, name), row_digests(values[new]), (dimension, "digest_byte")))
+        if self._references is not None and ids is not None:
+            self._references.note(ids, index, layout, call.step)
         return rows
 
     def _hold_one(self, name: str, row: Any, dims: tuple[str, ...]) -> None:

@@ -51,6 +51,7 @@ class TracedLoop:
         names: knows the examples of the batches.
         objective: what stands for the model's calls, if anything.
         stores_example_grads: whether per-example gradients are written down.
+        by_reference: whether inputs are only referred to.
         snapshot_every: number of steps from one stored moment to the next.
         metadata: the user's notes.
     """
@@ -65,6 +66,7 @@ class TracedLoop:
         names: ExampleNames,
         objective: Callable[[nn.Module, Any], Tensor] | None,
         stores_example_grads: bool,
+        by_reference: bool,
         snapshot_every: int,
         metadata: dict[str, Any],
     ) -> None:
@@ -84,6 +86,7 @@ class TracedLoop:
             self._table,
             names=names,
             example_grads=self._example_grads if stores_example_grads else None,
+            by_reference=by_reference,
             snapshot_every=snapshot_every,
             metadata=metadata,
         )

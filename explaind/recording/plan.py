@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from explaind.calls import named_tensors
 from explaind.commit import Commit
-from explaind.info import INPUTS, REST, kind_of
+from explaind.info import DIGESTS, INPUTS, REST, kind_of
 from explaind.recording.chunks import GrowingArray, encoded_size
 from explaind.recording.snapshots import STATE_EVERY
 from explaind.store import StoreReader
@@ -42,7 +42,7 @@ class RecordingPlan:
     bytes_per_step: dict[str, int]
     """Bytes on the disk that each step adds, by kind of array."""
     bytes_per_example: int
-    """Bytes on the disk that the input of each distinct example takes."""
+    """Bytes on the disk that the input of each distinct example takes, or what refers to it."""
     examples: int
     """Number of distinct examples."""
     bytes_once: int
@@ -102,7 +102,7 @@ def measure(
         per_step, once = _sizes(StoreReader(store), steps)
         num_inputs = Commit.read(store).lengths["input"]
         seconds_per_byte = _writing_speed(Path(directory) / "speed.zarr")
-    inputs = once.pop(INPUTS)
+    inputs = once.pop(INPUTS, 0) + once.pop(DIGESTS, 0)
     # The writing goes on beside the loop, which waits if it is the faster of the two.
     waiting = sum(per_step.values()) * seconds_per_byte - traced
     return RecordingPlan(
@@ -179,7 +179,7 @@ def _sizes(store: StoreReader, steps: int) -> tuple[Counter[str], Counter[str]]:
     for name in store.commit.arrays:
         rows, kind = store.read(name), kind_of(name)
         between = next((number for along, number in stored.items() if store.has_along(name, along)), 1)
-        if kind == INPUTS or (name == "fixed" and len(rows) < _NUM_STEPS):
+        if kind in (INPUTS, DIGESTS) or (name == "fixed" and len(rows) < _NUM_STEPS):
             once[kind] += encoded_size(rows)
         elif between > 1 and len(rows) < _NUM_STEPS:
             # The last moment is stored too; of the first there is no state yet, or an empty one.

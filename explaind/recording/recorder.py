@@ -32,6 +32,7 @@ def trace(
     snapshot_every: int = 1,
     example_grads: Literal["replayed", "stored"] = "replayed",
     objective: Callable[[nn.Module, Any], Tensor] | None = None,
+    inputs: Literal["stored", "by_reference"] = "stored",
     overwrite: bool = False,
     durable: bool = False,
     metadata: Mapping[str, Any] | None = None,
@@ -58,6 +59,10 @@ def trace(
         objective: `objective(model, batch)` returns the losses of a batch's examples, `[example]` or
             `[example, token]`, whose sum is the loop's loss; for models that compute their loss inside, or whose
             outputs are too large to keep cotangents of. The batch is the one that `recorder.batches` yielded.
+        inputs: `"stored"` writes each distinct input down once; `"by_reference"` only the ids of the examples, which
+            `recorder.batches` or `recorder.examples` must give, and 16 bytes for each tensor by which its content is
+            known again. What needs the inputs later then takes the data set: `explaind.open_run(…, data=)`. An example
+            must come with the same input every time. Of an objective's batch nothing is stored either.
         overwrite: replace a run that is already at `store`.
         durable: force every block to the device before it is published, so that a power cut, too, loses nothing
             older. It is written as fast as the device can, and where that is slow it is published less often. Without
@@ -87,6 +92,8 @@ def trace(
     """
     if example_grads not in ("replayed", "stored"):
         raise ValueError(f"example_grads must be 'replayed' or 'stored', got {example_grads!r}")
+    if inputs not in ("stored", "by_reference"):
+        raise ValueError(f"inputs must be 'stored' or 'by_reference', got {inputs!r}.")
     if isinstance(snapshot_every, bool) or not isinstance(snapshot_every, int) or snapshot_every < 1:
         raise ValueError(f"snapshot_every must be a whole number of steps, at least 1; got {snapshot_every!r}.")
     try:
@@ -101,6 +108,7 @@ def trace(
         snapshot_every=snapshot_every,
         example_grads=example_grads,
         objective=objective,
+        inputs=inputs,
         overwrite=overwrite,
         durable=durable,
         metadata=dict(metadata or {}),
@@ -119,6 +127,7 @@ class Recorder:
         snapshot_every: int,
         example_grads: Literal["replayed", "stored"],
         objective: Callable[[nn.Module, Any], Tensor] | None,
+        inputs: Literal["stored", "by_reference"],
         overwrite: bool,
         durable: bool,
         metadata: dict[str, Any],
@@ -134,6 +143,7 @@ class Recorder:
             "snapshot_every": snapshot_every,
             "example_grads": example_grads,
             "objective": objective,
+            "inputs": inputs,
             "overwrite": False,
             "durable": durable,
             "metadata": metadata,
@@ -149,6 +159,7 @@ class Recorder:
             names=self._names,
             objective=objective,
             stores_example_grads=example_grads == "stored",
+            by_reference=inputs == "by_reference",
             snapshot_every=snapshot_every,
             metadata=metadata,
         )
@@ -208,6 +219,8 @@ class Recorder:
 
         def compute(model: nn.Module, recorder: Recorder | None) -> Tensor:
             if self._objective is None:
+                if recorder is not None and self._options["inputs"] == "by_reference":
+                    recorder._names.whole((inputs, kwargs))
                 return (loss or any_loss)(model(*inputs, **kwargs))
             batch = inputs[0] if len(inputs) == 1 else inputs
             if recorder is not None:

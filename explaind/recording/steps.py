@@ -23,6 +23,7 @@ from explaind.recording.groups import GroupHistory
 from explaind.recording.host import machine
 from explaind.recording.naming import ExampleNames
 from explaind.recording.optimizers import Optimizers
+from explaind.recording.references import References
 from explaind.recording.repeated import Repeated, among
 from explaind.recording.snapshots import Moment, MomentRows, Update, gradient_rows
 from explaind.recording.state import StateHistory
@@ -47,6 +48,7 @@ class StepRows:
         table: their order.
         names: gives the rows' example ids.
         example_grads: computes the per-example gradients of a call, `[row, element]`; None if they are not stored.
+        by_reference: whether inputs are only referred to.
         snapshot_every: number of steps from one stored moment to the next.
         metadata: the user's notes.
     """
@@ -61,6 +63,7 @@ class StepRows:
         *,
         names: ExampleNames,
         example_grads: Callable[[ForwardCall], NDArray[Any]] | None,
+        by_reference: bool,
         snapshot_every: int,
         metadata: dict[str, Any],
     ) -> None:
@@ -73,6 +76,7 @@ class StepRows:
         self._path, self._optimizers, self._tracked, self._table = path, optimizers, tracked, table
         self._names, self._example_grads, self._snapshot_every = names, example_grads, snapshot_every
         self._model = model
+        self._references = References(path) if by_reference else None
         self._update: Update | None = None
         self._groups = GroupHistory(optimizers)
         self._fixed = FixedTensors(model, tracked)
@@ -85,6 +89,7 @@ class StepRows:
             "model": type(model).__name__,
             "optimizer": optimizers.name,
             "example_grads": "replayed" if example_grads is None else "stored",
+            "inputs": "by_reference" if by_reference else "stored",
             "device": str(next(iter(tracked.values())).device),
             "snapshot_every": snapshot_every,
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
@@ -116,6 +121,7 @@ class StepRows:
         self._calls = CallRows(
             names=self._names,
             example_grads=self._example_grads,
+            references=self._references,
             hold=self._hold,
             describe=self._writer.set_attributes,
         )
@@ -167,9 +173,11 @@ class StepRows:
         """Take down θ_s, the parameters `[element]` that the step starts from.
 
         Raises:
-            RecordingError: what was taken down before could not be written.
+            RecordingError: what was taken down before could not be written, or not be referred to.
         """
         self._writer.check()
+        if self._references is not None:
+            self._references.check()
         # A block has as many snapshots as steps, so that it fills whole chunks of both.
         overdue = time.monotonic() - self._last_flush > self._flush_seconds
         if self._writer.wants_flush or (overdue and not self._writer.is_writing):
@@ -239,12 +247,14 @@ class StepRows:
         """Write the last parameters and publish everything.
 
         Raises:
-            RecordingError: what was taken down could not be written.
+            RecordingError: what was taken down could not be written, or not be referred to.
         """
         # A step that was not finished is no step: the parameters before it are written already.
         if not self.unfinished and all_finite(params := self._table.flatten(self._tracked)):
             self._add_moment(params, None)
         self._writer.close()
+        if self._references is not None:
+            self._references.check()
 
     def _add_moment(self, params: Tensor, hyperparameters: NDArray[np.float64] | None) -> None:
         version = np.array([self.fixed_version()], dtype=np.int64)

@@ -25,7 +25,7 @@ class BatchCall:
 
     kind: CallKind
     """What was called, and how."""
-    inputs: dict[str, Tensor]
+    inputs: Mapping[str, Tensor]
     """Its tensors `[row, …]` by name."""
     output_grads: dict[str, Tensor]
     """c_{k,s} = ∂L_s/∂f(x_k) of every output that the loss depends on, `[row, …]`; none with an objective."""
@@ -61,10 +61,11 @@ def passed_forward(
     Yields:
         The output as the model returns it.
     """
+    inputs = _load(call.inputs, device, dtype)  # of a data set, perhaps, which is to know nothing of what follows
     with modes(forward.model, call.training.tolist()), restored_rng(call.rng_state, device), torch.enable_grad():
         with _autocast(call, device if dtype is None else None):
             reachable = {n: p if n in call.reached else p.detach() for n, p in params.items()}
-            output = forward.raw(_load(fixed, device, dtype) | reachable, _load(call.inputs, device, dtype))
+            output = forward.raw(_load(fixed, device, dtype) | reachable, inputs)
         yield output
 
 
