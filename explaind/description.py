@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from explaind.parameters import ParameterTable, named_dtype
+from explaind.recording.calls import input_array
 from explaind.recording.fixed import fixed_bytes
 from explaind.store import StoreReader
 
@@ -20,6 +21,8 @@ _OPTIONAL: Mapping[str, type] = {
     "state_types": dict,
     "unrecorded_state": list,
     "metadata": dict,
+    "versions": dict,
+    "machine": str,
 }
 
 
@@ -62,6 +65,14 @@ def check_description(store: StoreReader, table: ParameterTable) -> None:
         or store.row_shape("fixed") == (sum(map(fixed_bytes, fixed)),),
         "as many elements as the parameters have": not store.has("params")
         or store.row_shape("params") == (table.num_elements,),
+        "as many moments as steps": store.length("moment") > store.commit.num_steps
+        or not any(store.has_along(name, "moment") for name in store.commit.arrays),
+        "inputs of the types that they are stored in": all(
+            _is_stored_as(named_dtype(dtype), store.layout(input_array(number, name)).dtype)
+            for number, layout in enumerate(attributes.get("input_layouts", []))
+            for name, dtype in layout.items()
+            if store.has(input_array(number, name))
+        ),
         "calls of modules that there are, with names of outputs": all(
             (kind["part"] is None or (kind["part"] in attributes["modules"] and kind["outputs"]))
             and _texts([kind["outputs"]])
@@ -77,6 +88,12 @@ def check_description(store: StoreReader, table: ParameterTable) -> None:
     for what, fulfilled in expected.items():
         if not fulfilled:
             raise ValueError(f"expected {what}")
+
+
+def _is_stored_as(dtype: torch.dtype, stored: str) -> bool:
+    """Whether tensors of a type are written as arrays of another; narrow floating-point types widen."""
+    narrow = dtype in (torch.bfloat16, torch.float16)
+    return stored == ("float32" if narrow else str(dtype).removeprefix("torch."))
 
 
 def _texts(lists: Any) -> bool:
