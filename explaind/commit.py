@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from explaind.checksums import checksum, sealed_text
-from explaind.errors import DamagedStoreError, StoreFormatError
+from explaind.errors import DamagedStoreError, StoreFormatError, StoreUnreachableError
 from explaind.metadata import read_json
 from explaind.paths import interrupted
+from explaind.places import Place
 
 __all__ = ["COMMIT_FILE", "Commit", "is_published", "thinned"]
 
@@ -39,6 +39,12 @@ class Commit:
         moments = self.lengths.get("moment", self.lengths.get("snapshot", 0))  # one snapshot each, until format 2
         return max(0, min(self.lengths.get("step", 0), moments - 1))
 
+    @property
+    def origin(self) -> tuple[dict[str, int], dict[str, int | None]]:
+        """What the first commit of the run said: as the run grows it stays, and another run has another."""
+        first = self.earlier[0] if self.earlier else self
+        return first.lengths, first.arrays
+
     def to_json(self) -> str:
         """The content of the file, with its checksum."""
         earlier = [{"lengths": commit.lengths, "arrays": commit.arrays} for commit in self.earlier]
@@ -46,21 +52,16 @@ class Commit:
         return sealed_text(content)
 
     @classmethod
-    def read(cls, store: Path) -> Commit:
+    def read(cls, store: Place) -> Commit:
         """Read the last published commit.
 
         Raises:
             StoreFormatError: there is none.
             DamagedStoreError: it is not what was written.
+            StoreUnreachableError: it is not known whether there is one.
         """
         if left := interrupted(store):
             raise StoreFormatError(left)
-        if not (store / COMMIT_FILE).is_file():
-            what = "no such directory" if not store.is_dir() else f"it has no {COMMIT_FILE}"
-            raise StoreFormatError(
-                f"{store} is not a recorded run: {what}. Expected a directory written by explaind.trace; a "
-                "run that was stopped before its first block of steps was written leaves nothing to open."
-            )
         try:
             content = read_json(store / COMMIT_FILE)
             noted = content.pop("checksum", None)
@@ -71,11 +72,19 @@ class Commit:
             found = [content | {"earlier": []}, *content.get("earlier", [])]
             last, *earlier = (cls(**_checked(commit), complete=False, sealed=noted is not None) for commit in found)
             return replace(last, complete=content["complete"], earlier=tuple(earlier))
+        except StoreUnreachableError:
+            raise
+        except FileNotFoundError as error:
+            what = f"it has no {COMMIT_FILE}" if store.is_dir() else "no such directory"
+            raise StoreFormatError(
+                f"{store} is not a recorded run: {what}. Expected a directory written by explaind.trace; a "
+                "run that was stopped before its first block of steps was written leaves nothing to open."
+            ) from error
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise DamagedStoreError(f"{store / COMMIT_FILE} cannot be read: {error}") from error
 
 
-def is_published(path: Path) -> bool:
+def is_published(path: Place) -> bool:
     """Whether a store has something that readers may believe."""
     return (path / COMMIT_FILE).is_file()
 

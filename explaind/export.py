@@ -17,6 +17,7 @@ from tqdm import tqdm
 from explaind.commit import COMMIT_FILE, Commit
 from explaind.errors import StoreFormatError
 from explaind.kept import Kept, as_stored, recorded_params, thinned
+from explaind.places import Place
 from explaind.record import Record
 from explaind.recording.chunks import GrowingArray, describe, rows_of_a_chunk
 from explaind.recording.files import put
@@ -32,7 +33,7 @@ __all__ = ["export"]
 _BLOCK_BYTES = 4 << 20
 
 
-def export(record: Record, store: StoreReader, path: Path, *, steps: range, every: int | None, progress: bool) -> None:
+def export(record: Record, store: StoreReader, path: Place, *, steps: range, every: int | None, progress: bool) -> None:
     """Write some steps of a record to a new store; see `Run.export`."""
     found, kept = stretch(store, steps), None
     attributes = store.attributes | found.attributes

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from explaind.matching import check_calls, check_model
 from explaind.moments import Moments
 from explaind.optimizers import RULES, UpdateRule
 from explaind.parameters import ParameterTable
+from explaind.places import Place
 from explaind.recorded_calls import RecordedCalls
 from explaind.recording.fixed import decode_fixed
 from explaind.recording.groups import group_settings
@@ -33,7 +33,7 @@ class Record(RecordedCalls):
     """The published steps of a store, and the model that they belong to, if it was given."""
 
     def __init__(
-        self, path: Path, model: nn.Module | None, objective: Callable[[nn.Module, Any], Tensor] | None = None
+        self, path: Place, model: nn.Module | None, objective: Callable[[nn.Module, Any], Tensor] | None = None
     ) -> None:
         store = StoreReader(path)
         store.check_arrays()
