@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +13,7 @@ from explaind.metadata import read_json
 from explaind.paths import interrupted
 from explaind.places import Place
 
-__all__ = ["COMMIT_FILE", "Commit", "is_published", "thinned"]
+__all__ = ["COMMIT_FILE", "Commit", "is_published", "new_id", "thinned"]
 
 COMMIT_FILE = "commit.json"
 """Its name."""
@@ -32,6 +33,8 @@ class Commit:
     """Whether it has a checksum; formats 1 and 2 have none."""
     earlier: tuple[Commit, ...] = ()
     """Some earlier ones, oldest first."""
+    id: str = ""
+    """Random text that stays as the store grows, and differs from that of a store which takes its place."""
 
     @property
     def num_steps(self) -> int:
@@ -39,17 +42,11 @@ class Commit:
         moments = self.lengths.get("moment", self.lengths.get("snapshot", 0))  # one snapshot each, until format 2
         return max(0, min(self.lengths.get("step", 0), moments - 1))
 
-    @property
-    def origin(self) -> tuple[dict[str, int], dict[str, int | None]]:
-        """What the first commit of the run said: as the run grows it stays, and another run has another."""
-        first = self.earlier[0] if self.earlier else self
-        return first.lengths, first.arrays
-
     def to_json(self) -> str:
         """The content of the file, with its checksum."""
         earlier = [{"lengths": commit.lengths, "arrays": commit.arrays} for commit in self.earlier]
         content = {"lengths": self.lengths, "arrays": self.arrays, "complete": self.complete, "earlier": earlier}
-        return sealed_text(content)
+        return sealed_text(content | {"id": self.id})
 
     @classmethod
     def read(cls, store: Place) -> Commit:
@@ -71,7 +68,7 @@ class Commit:
                 raise ValueError("it does not say whether the recording ended")
             found = [content | {"earlier": []}, *content.get("earlier", [])]
             last, *earlier = (cls(**_checked(commit), complete=False, sealed=noted is not None) for commit in found)
-            return replace(last, complete=content["complete"], earlier=tuple(earlier))
+            return replace(last, complete=content["complete"], earlier=tuple(earlier), id=str(content.get("id", "")))
         except StoreUnreachableError:
             raise
         except FileNotFoundError as error:
@@ -82,6 +79,11 @@ class Commit:
             ) from error
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise DamagedStoreError(f"{store / COMMIT_FILE} cannot be read: {error}") from error
+
+
+def new_id() -> str:
+    """A text by which a store is told from others; it takes nothing from the generators of random numbers."""
+    return secrets.token_hex(8)
 
 
 def is_published(path: Place) -> bool:

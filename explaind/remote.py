@@ -94,16 +94,16 @@ class RemotePath:
             return False
 
     def exists(self) -> bool:
-        """Whether there is anything of or below this name."""
+        """Whether there is an object of or below this name; directories without any, where they exist, do not count."""
         self._fs.invalidate_cache()
         try:
             with reached(self._url):
-                return bool(self._fs.ls(self._key, detail=False))
+                return any(files for _, _, files in self._fs.walk(self._key, on_error="raise"))
         except FileNotFoundError:
             return False
 
     def is_dir(self) -> bool:
-        """Whether there is anything below this name."""
+        """Whether there is an object below this name."""
         return self.exists()
 
     def sizes(self) -> Iterator[tuple[str, int]]:

@@ -90,7 +90,7 @@ class StoreReader:
         directory = _directory(path)
         # The commit is read first: metadata that is read later can only be newer.
         self.commit = Commit.read(path)
-        self._identity = directory or self.commit.origin
+        self._identity = directory or self.commit.id
         self.attributes = read_attributes(path)
         version = self.attributes.get("explaind_format")
         if not isinstance(version, int):
@@ -298,11 +298,11 @@ class StoreReader:
             )
 
     def _identity_now(self) -> Any:
-        """What tells the store from another one at the same place: its directory, or what its first commit said."""
+        """What tells the store from another one at the same place: its directory, or the id in its commit."""
         if isinstance(self.path, Path):
             return _directory(self.path)
         try:
-            return Commit.read(self.path).origin
+            return Commit.read(self.path).id
         except (StoreFormatError, DamagedStoreError):  # it is just being replaced
             return None
 

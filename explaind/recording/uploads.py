@@ -38,6 +38,8 @@ class Uploads:
 
     def send(self) -> None:
         """Send what was taken in, in any order; all of it is there when this returns."""
+        if not self._waiting:
+            return
         waiting, self._waiting, self._num_bytes = self._waiting, {}, 0
         self._store.put(waiting)
 

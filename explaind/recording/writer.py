@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from explaind.commit import COMMIT_FILE, Commit, is_published, thinned
+from explaind.commit import COMMIT_FILE, Commit, is_published, new_id, thinned
 from explaind.errors import RecordingError, StoreUnreachableError
 from explaind.metadata import read_attributes
 from explaind.paths import aside, check_free
@@ -77,7 +77,7 @@ class StoreWriter:
     def __init__(self, path: Place, *, attributes: Mapping[str, Any], overwrite: bool, durable: bool = False) -> None:
         self.path = path.resolve()  # the loop may change its directory
         self._files = files_of(self.path)
-        self._durable = durable and isinstance(path, Path)
+        self._durable, self._id = durable and isinstance(path, Path), new_id()
         self._lock = lock_of(self.path)
         try:
             check_free(self.path, overwrite=overwrite)  # another one may have written since it was last looked at
@@ -220,7 +220,8 @@ class StoreWriter:
         return Commit(lengths=lengths, arrays=tails, complete=False)
 
     def _put_commit(self, store: Place, commit: Commit) -> None:
-        self._files.put(f"{store}/{COMMIT_FILE}", commit.to_json().encode(), force=self._durable)
+        content = replace(commit, id=self._id).to_json()
+        self._files.put(f"{store}/{COMMIT_FILE}", content.encode(), force=self._durable)
         self._files.send()
         if self._durable:
             force([], store)
@@ -319,6 +320,7 @@ class StoreWriter:
             )
         with self._explained(0):
             self._commit(complete=False)
+            self._id = new_id()
             with self._beside(self.path) as beside:
                 changed = self._copy(self.path, beside, changes, attributes)
         self._arrays |= changed
