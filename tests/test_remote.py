@@ -326,7 +326,7 @@ def harm(url, change, file="params/c/0/0"):
     path = RemotePath(url) / file
     content = change(path.read(1 << 20))
     if content is None:
-        fsspec.filesystem("memory").rm_file(str(path))
+        fsspec.filesystem(url.partition(":")[0]).rm(str(path))
     else:
         write(str(path), content)
 
@@ -355,6 +355,14 @@ def test_damage_is_never_read_as_numbers(change, said, memory):
     with pytest.raises(DamagedStoreError):
         run.export(f"{memory}-copy")
     assert not names(f"{memory}-copy")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no chunk"], ids=["missing", "empty", "another"])
+def test_a_chunk_is_read_as_it_is_in_the_storage(content, url):
+    run, _ = record(CASE, url)
+    harm(url, lambda old: content)
+    with pytest.raises(DamagedStoreError, match=r"a chunk is (missing|damaged): 'params', snapshot 0 to 6"):
+        run.params(0)
 
 
 def test_of_a_chunk_no_more_is_read_than_it_can_have(memory, monkeypatch):

@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 from explaind.commit import COMMIT_FILE, Commit, is_published, new_id, thinned
 from explaind.errors import RecordingError, StoreUnreachableError
 from explaind.metadata import read_attributes
-from explaind.paths import aside, check_free
+from explaind.paths import check_free
 from explaind.places import Place
 from explaind.recording.chunks import GrowingArray, describe, rows_of_a_chunk
-from explaind.recording.files import force, force_tree
+from explaind.recording.files import force
 from explaind.recording.lock import lock_of
+from explaind.recording.replacing import another, replaceable
 from explaind.recording.uploads import files_of
 from explaind.store import FORMAT_VERSION
 
@@ -153,12 +154,16 @@ class StoreWriter:
     def _publish(self) -> None:
         while len(self._blocks) > 1:
             with self._explained(self._blocks[0].num_bytes):
-                if not (self.path / "zarr.json").is_file():
-                    raise FileNotFoundError(f"{self.path} is gone")
+                if self._is_due or isinstance(self.path, Path):  # asking object storage takes its time
+                    self._check_there()
                 self._write(self._blocks[0])
                 if self._is_due:
                     self._commit(complete=False)
             del self._blocks[0]
+
+    def _check_there(self) -> None:
+        if not (self.path / "zarr.json").is_file():
+            raise FileNotFoundError(f"{self.path} is gone")
 
     @property
     def _is_due(self) -> bool:
@@ -168,6 +173,7 @@ class StoreWriter:
 
     def _complete(self) -> None:
         with self._explained(0):
+            self._check_there()
             for array in self._arrays.values():
                 array.trim()
             self._commit(complete=True)
@@ -231,7 +237,7 @@ class StoreWriter:
     def _create(self, attributes: Mapping[str, Any]) -> None:
         """Make an empty store, beside one that it replaces, or after it where nothing can be renamed."""
         if isinstance(self.path, Path):
-            with self._beside(self.path) as beside:
+            with another(self.path, durable=self._durable) as beside:
                 beside.mkdir()
                 self._begin(beside, attributes)
         else:
@@ -242,28 +248,6 @@ class StoreWriter:
         describe(store, attributes, files=self._files)
         self._files.send()
         self._put_commit(store, Commit(lengths={}, arrays={}, complete=False))
-
-    @contextmanager
-    def _beside(self, path: Path) -> Iterator[Path]:
-        """Where to make a store that takes the place of the one that is there; at any moment one of them is whole."""
-        beside, old = path.with_name(f"{path.name}.new.partial"), aside(path)
-        for left in (beside, old):
-            shutil.rmtree(left, ignore_errors=True)
-        try:
-            yield beside
-            if self._durable:
-                force_tree(beside)
-            if path.exists():
-                path.rename(old)
-            beside.rename(path)
-        except BaseException:
-            if old.exists() and not path.exists():
-                old.rename(path)
-            shutil.rmtree(beside, ignore_errors=True)
-            raise
-        if self._durable:
-            force([], path.parent)
-        shutil.rmtree(old, ignore_errors=True)
 
     @contextmanager
     def _explained(self, num_bytes: int) -> Iterator[None]:
@@ -312,17 +296,12 @@ class StoreWriter:
         Raises:
             RecordingError: the disk is full, or it is object storage. The store is as it was.
         """
-        if not isinstance(self.path, Path):
-            raise RecordingError(
-                f"the optimizer was given more parameters, for which {self.path} has to be replaced as a whole: in "
-                "object storage that cannot be done at once. The steps before are safe there. Record to a directory "
-                "instead, and bring the run there with run.export(url)."
-            )
+        path = replaceable(self.path)
         with self._explained(0):
             self._commit(complete=False)
             self._id = new_id()
-            with self._beside(self.path) as beside:
-                changed = self._copy(self.path, beside, changes, attributes)
+            with another(path, durable=self._durable) as beside:
+                changed = self._copy(path, beside, changes, attributes)
         self._arrays |= changed
         self._earlier = {}
         for array in self._arrays.values():
