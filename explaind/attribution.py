@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, replace
 from html import escape
-from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -13,6 +12,7 @@ import pandas as pd
 import xarray as xr
 
 from explaind.errors import ClosureError, StoreFormatError, UnattributedWarning
+from explaind.places import Place, place_of
 from explaind.stream import new_store, write_dataset
 from explaind.sums import sums
 
@@ -67,7 +67,7 @@ class Attribution:
     def __init__(self, dataset: xr.Dataset) -> None:
         self.dataset = dataset
         """The terms as an `xarray.Dataset`; see `explaind.Run.attribute` for its variables."""
-        self._stored: Path | None = None
+        self._stored: Place | None = None
 
     @property
     def total(self) -> xr.DataArray:
@@ -161,24 +161,24 @@ class Attribution:
         table: pd.DataFrame = pd.concat(frames, ignore_index=True)
         return table
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Place) -> None:
         """Write the dataset to a new zarr store.
 
         Raises:
             StoreExistsError: something is at `path` already.
         """
-        with new_store(Path(path)) as unfinished:
+        with new_store(place_of(path)) as unfinished:
             write_dataset(unfinished, self.dataset)
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
+    def open(cls, path: str | Place) -> Self:
         """Read a result that `save` or `run.attribute(…, out=)` wrote; arrays are read when they are used.
 
         Raises:
             StoreFormatError: it is no result, or not a whole one.
         """
         try:
-            dataset = xr.open_zarr(path, consolidated=False, chunks=None)
+            dataset = xr.open_zarr(str(place_of(path)), consolidated=False, chunks=None)
         except FileNotFoundError as error:
             raise StoreFormatError(f"{path} is not a stored result: there is no zarr group.") from error
         if missing := [name for name in (*TERMS, "prediction") if name not in dataset]:
@@ -187,7 +187,7 @@ class Attribution:
                 "written by result.save(path) or run.attribute(…, out=path)."
             )
         result = cls(dataset)
-        result._stored = Path(path)
+        result._stored = place_of(path)
         return result
 
     @property

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from explaind.errors import NonFiniteError, NotRecordedError, UnknownUpdateRuleError
 from explaind.parameters import ParameterTable
+from explaind.places import Place, place_of
 from explaind.recording.fixed import encode_fixed, fixed_layout, fixed_tensors, module_types
 from explaind.recording.writer import Rows, StoreWriter
 from explaind.run import Run
@@ -35,7 +36,7 @@ def from_checkpoints(
     model: nn.Module,
     *,
     steps: Sequence[int] | None = None,
-    store: str | Path | None = None,
+    store: str | Place | None = None,
 ) -> CheckpointRun:
     """Make a run of checkpoints of a training that was not traced: each stretch between two of them is a step.
 
@@ -50,8 +51,8 @@ def from_checkpoints(
             `state_dict` or `model_state_dict`. They are read with `weights_only=True`: no object is unpickled.
         model: a model of the architecture that they are of. Its weights are ignored, and left as they are.
         steps: what the checkpoints are called in `run.history`: the numbers of training steps before each, increasing.
-        store: directory of the zarr store to write the parameters to, which `explaind.open_run` opens again; by default
-            a temporary one, deleted with the run.
+        store: directory or URL of the zarr store to write the parameters to, which `explaind.open_run` opens again; by
+            default a temporary one, deleted with the run.
 
     Raises:
         ModelMismatchError: a checkpoint is not of this model; which file, and which tensor.
@@ -75,8 +76,9 @@ def from_checkpoints(
         raise ValueError(f"steps= needs an increasing number for each of {len(sources)} checkpoints; got {labels}.")
     model = getattr(model, "_orig_mod", model)  # of a compiled model the one that it was made of
     if store is not None:
-        _write(Path(store), sources, model, labels)
-        return CheckpointRun(Path(store), model)
+        place = place_of(store)
+        _write(place, sources, model, labels)
+        return CheckpointRun(place, model)
     directory = Path(tempfile.mkdtemp(prefix="explaind-"))
     try:
         _write(directory / "run.zarr", sources, model, labels)
@@ -88,7 +90,7 @@ def from_checkpoints(
     return run
 
 
-def _write(path: Path, sources: list[str | Path | Mapping[str, Tensor]], model: nn.Module, labels: list[int]) -> None:
+def _write(path: Place, sources: list[str | Path | Mapping[str, Tensor]], model: nn.Module, labels: list[int]) -> None:
     trained = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
     table = ParameterTable.of(trained, dict.fromkeys(trained, 0))
     fixed = fixed_tensors(model, trained)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from explaind.errors import DamagedStoreError, ExplaindError, VerificationError
+from explaind.places import Place, place_of
 
 if TYPE_CHECKING:  # torch takes seconds to import, and only some commands need it
     from explaind.run import Run
@@ -95,7 +96,19 @@ def _stretch(ctx: click.Context, param: click.Parameter, value: str | None) -> s
     return slice(first, stop)
 
 
-_run = click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+class _Store(click.Path):
+    """A directory, or a URL."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if "://" not in value:
+            return super().convert(value, param, ctx)
+        try:
+            return place_of(value)
+        except (ImportError, ValueError) as error:
+            self.fail(str(error), param, ctx)
+
+
+_run = click.argument("run", type=_Store(exists=True, file_okay=False, path_type=Path))
 _model = click.option(
     "--model",
     callback=_imported,
@@ -130,8 +143,8 @@ def main() -> None:
 @main.command()
 @_run
 @_json
-def info(run: Path, as_json: bool) -> None:
-    """Show what the directory RUN holds, and where its bytes are.
+def info(run: Place, as_json: bool) -> None:
+    """Show what RUN, a directory or a URL, holds, and where its bytes are.
 
     It may still be recorded, and need not be whole; nothing is changed. Sizes are those on the disk and, as "plain",
     those of the numbers before they were compressed. "× 4·D" is the size of a step in units of one float32 number for
@@ -150,7 +163,7 @@ def info(run: Path, as_json: bool) -> None:
 @_data
 @_json
 def verify(
-    run: Path, model: Callable[..., Any] | None, objective: Callable[..., Any] | None, data: Any, as_json: bool
+    run: Place, model: Callable[..., Any] | None, objective: Callable[..., Any] | None, data: Any, as_json: bool
 ) -> None:
     """Check every chunk of every array of RUN against its checksum.
 
@@ -199,7 +212,7 @@ def verify(
 
 @main.command()
 @_run
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=_Store(path_type=Path))
 @click.option(
     "--steps",
     callback=_stretch,
@@ -217,15 +230,15 @@ def verify(
 @_objective
 @_data
 def export(
-    run: Path,
-    out: Path,
+    run: Place,
+    out: Place,
     steps: slice | None,
     every: int | None,
     model: Callable[..., Any] | None,
     objective: Callable[..., Any] | None,
     data: Any,
 ) -> None:
-    """Write some of the steps of RUN to a run of their own, the new directory OUT."""
+    """Write some of the steps of RUN to a run of their own, the new directory or URL OUT."""
     from explaind.run import open_run, successive_steps
 
     if every is not None and model is None:
@@ -249,7 +262,7 @@ def export(
     click.echo(f"{open_run(out).num_steps:,} steps are in {out}")
 
 
-def _opened(run: Path, model: Callable[..., Any] | None, objective: Callable[..., Any] | None, data: Any) -> Run:
+def _opened(run: Place, model: Callable[..., Any] | None, objective: Callable[..., Any] | None, data: Any) -> Run:
     from torch import nn
 
     from explaind.run import open_run

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from explaind.checksums import checksum, sealed_text
-from explaind.errors import DamagedStoreError, StoreFormatError
+from explaind.errors import DamagedStoreError, StoreFormatError, StoreUnreachableError
 from explaind.metadata import read_json
 from explaind.paths import interrupted
+from explaind.places import Place
 
-__all__ = ["COMMIT_FILE", "Commit", "is_published", "thinned"]
+__all__ = ["COMMIT_FILE", "Commit", "is_published", "new_id", "thinned"]
 
 COMMIT_FILE = "commit.json"
 """Its name."""
@@ -32,6 +33,8 @@ class Commit:
     """Whether it has a checksum; formats 1 and 2 have none."""
     earlier: tuple[Commit, ...] = ()
     """Some earlier ones, oldest first."""
+    id: str = ""
+    """Random text that stays as the store grows, and differs from that of a store which takes its place."""
 
     @property
     def num_steps(self) -> int:
@@ -43,24 +46,19 @@ class Commit:
         """The content of the file, with its checksum."""
         earlier = [{"lengths": commit.lengths, "arrays": commit.arrays} for commit in self.earlier]
         content = {"lengths": self.lengths, "arrays": self.arrays, "complete": self.complete, "earlier": earlier}
-        return sealed_text(content)
+        return sealed_text(content | {"id": self.id})
 
     @classmethod
-    def read(cls, store: Path) -> Commit:
+    def read(cls, store: Place) -> Commit:
         """Read the last published commit.
 
         Raises:
             StoreFormatError: there is none.
             DamagedStoreError: it is not what was written.
+            StoreUnreachableError: it is not known whether there is one.
         """
         if left := interrupted(store):
             raise StoreFormatError(left)
-        if not (store / COMMIT_FILE).is_file():
-            what = "no such directory" if not store.is_dir() else f"it has no {COMMIT_FILE}"
-            raise StoreFormatError(
-                f"{store} is not a recorded run: {what}. Expected a directory written by explaind.trace; a "
-                "run that was stopped before its first block of steps was written leaves nothing to open."
-            )
         try:
             content = read_json(store / COMMIT_FILE)
             noted = content.pop("checksum", None)
@@ -70,12 +68,25 @@ class Commit:
                 raise ValueError("it does not say whether the recording ended")
             found = [content | {"earlier": []}, *content.get("earlier", [])]
             last, *earlier = (cls(**_checked(commit), complete=False, sealed=noted is not None) for commit in found)
-            return replace(last, complete=content["complete"], earlier=tuple(earlier))
+            return replace(last, complete=content["complete"], earlier=tuple(earlier), id=str(content.get("id", "")))
+        except StoreUnreachableError:
+            raise
+        except FileNotFoundError as error:
+            what = f"it has no {COMMIT_FILE}" if store.is_dir() else "no such directory"
+            raise StoreFormatError(
+                f"{store} is not a recorded run: {what}. Expected a directory written by explaind.trace; a "
+                "run that was stopped before its first block of steps was written leaves nothing to open."
+            ) from error
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise DamagedStoreError(f"{store / COMMIT_FILE} cannot be read: {error}") from error
 
 
-def is_published(path: Path) -> bool:
+def new_id() -> str:
+    """A text by which a store is told from others; it takes nothing from the generators of random numbers."""
+    return secrets.token_hex(8)
+
+
+def is_published(path: Place) -> bool:
     """Whether a store has something that readers may believe."""
     return (path / COMMIT_FILE).is_file()
 

@@ -68,9 +68,8 @@ def find_damage(store: StoreReader, *, progress: bool = False) -> Iterator[Damag
         try:
             store.read(name, first, stop)
         except DamagedStoreError as error:
-            file = store.chunk_file(name, index).relative_to(store.path)
             steps = _steps(store, layout.dims[0], first, stop - 1)
-            yield Damage(array=name, file=str(file), steps=steps, problem=str(error))
+            yield Damage(array=name, file=store.chunk_name(name, index), steps=steps, problem=str(error))
 
 
 def _steps(store: StoreReader, dimension: str, first: int, last: int) -> tuple[int, int] | None:

@@ -15,6 +15,7 @@ __all__ = [
     "StoreExistsError",
     "StoreFormatError",
     "StoreInUseError",
+    "StoreUnreachableError",
     "UnattributedWarning",
     "UnknownUpdateRuleError",
     "VerificationError",
@@ -43,6 +44,10 @@ class StoreInUseError(ExplaindError, BlockingIOError):
 
 class StoreFormatError(ExplaindError, ValueError):
     """The store is not a run of a format that this version reads."""
+
+
+class StoreUnreachableError(ExplaindError, ConnectionError):
+    """Object storage does not answer, or not as it should; nothing is known of what is there."""
 
 
 class DamagedStoreError(ExplaindError, OSError):

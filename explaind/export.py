@@ -14,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from explaind.commit import COMMIT_FILE, Commit
+from explaind.commit import COMMIT_FILE, Commit, new_id
 from explaind.errors import StoreFormatError
 from explaind.kept import Kept, as_stored, recorded_params, thinned
+from explaind.places import Place
 from explaind.record import Record
 from explaind.recording.chunks import GrowingArray, describe, rows_of_a_chunk
 from explaind.recording.files import put
@@ -32,7 +33,7 @@ __all__ = ["export"]
 _BLOCK_BYTES = 4 << 20
 
 
-def export(record: Record, store: StoreReader, path: Path, *, steps: range, every: int | None, progress: bool) -> None:
+def export(record: Record, store: StoreReader, path: Place, *, steps: range, every: int | None, progress: bool) -> None:
     """Write some steps of a record to a new store; see `Run.export`."""
     found, kept = stretch(store, steps), None
     attributes = store.attributes | found.attributes
@@ -157,7 +158,7 @@ class _NewStore:
     def commit(self) -> None:
         """Say that all is written."""
         tails: dict[str, int | None] = {name: array.tail for name, array in sorted(self._arrays.items())}
-        commit = Commit(lengths=self._lengths, arrays=tails, complete=True)
+        commit = Commit(lengths=self._lengths, arrays=tails, complete=True, id=new_id())
         put(f"{self._path}/{COMMIT_FILE}", commit.to_json().encode())
 
     def _begun(self, name: str, dims: tuple[str, ...], like: NDArray[Any], chunk_rows: int) -> GrowingArray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from explaind.commit import COMMIT_FILE
 from explaind.errors import DamagedStoreError
 from explaind.info import ArrayInfo, Leftover, StoreInfo
+from explaind.places import Place, file_sizes
 from explaind.store import Layout, StoreReader, decoding
 
 __all__ = ["store_info"]
@@ -22,7 +23,7 @@ _UNKNOWN = "files that the run does not name"
 _BESIDE = "stores that were to replace it, or that it replaced"
 
 
-def store_info(path: Path) -> StoreInfo:
+def store_info(path: Place) -> StoreInfo:
     """Look at the directory of a run, whole, still being written, or damaged; nothing is changed.
 
     Raises:
@@ -48,7 +49,7 @@ def store_info(path: Path) -> StoreInfo:
     descriptions = _descriptions(store.commit.arrays)
     metadata_bytes, stored = 0, dict.fromkeys(store.commit.arrays, 0)
     leftovers: dict[str, dict[str, int]] = defaultdict(dict)
-    for file, size in _sizes(path):
+    for file, size in file_sizes(path):
         array, _, chunk = file.rpartition("/c/")
         if file.endswith(".partial"):
             leftovers[_INTERRUPTED][file] = size
@@ -60,9 +61,10 @@ def store_info(path: Path) -> StoreInfo:
             leftovers[_BEYOND][file] = size
         else:
             stored[array] += size
-    for beside in (path.with_name(f"{path.name}.{part}.partial") for part in ("new", "old")):
-        if beside.is_dir():
-            leftovers[_BESIDE][str(beside)] = sum(size for _, size in _sizes(beside))
+    if isinstance(path, Path):
+        for beside in (path.with_name(f"{path.name}.{part}.partial") for part in ("new", "old")):
+            if beside.is_dir():
+                leftovers[_BESIDE][str(beside)] = sum(size for _, size in file_sizes(beside))
     return StoreInfo(
         path=str(path),
         format_version=attributes["explaind_format"],
@@ -100,16 +102,6 @@ def _count_examples(store: StoreReader) -> int:
         return 0
     rows = store.read("call_rows")[store.read("call_step") < store.commit.num_steps].sum()
     return len(np.unique(store.read("row_example", 0, int(rows))))
-
-
-def _sizes(directory: Path) -> Iterator[tuple[str, int]]:
-    """Every file by its place below the directory, and its size."""
-    for file in directory.rglob("*"):
-        try:
-            if file.is_file():
-                yield file.relative_to(directory).as_posix(), file.stat().st_size
-        except FileNotFoundError:  # a writer renamed it just now
-            continue
 
 
 def _descriptions(arrays: Iterable[str]) -> set[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 from explaind.calls import CallKind, rebuild, tensor_names
 from explaind.errors import ModelMismatchError
 from explaind.parameters import ParameterTable, named_dtype
+from explaind.places import Place
 from explaind.recording.fixed import fixed_tensors, module_types
 
 __all__ = ["check_calls", "check_model"]
@@ -23,7 +23,7 @@ def check_model(
     table: ParameterTable,
     fixed_layout: Sequence[Mapping[str, Any]],
     recorded_modules: dict[str, str],
-    path: Path,
+    path: Place,
 ) -> None:
     """Names, shapes and types of parameters and buffers, and the modules' classes, must be those of the run.
 
@@ -61,7 +61,7 @@ def check_model(
             )
 
 
-def check_calls(model: nn.Module, kinds: Iterable[CallKind], path: Path) -> None:
+def check_calls(model: nn.Module, kinds: Iterable[CallKind], path: Place) -> None:
     """The model's modules must take the arguments that they were recorded with.
 
     Args:

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from explaind.checksums import check_metadata
-from explaind.errors import DamagedStoreError
+from explaind.errors import DamagedStoreError, StoreUnreachableError
+from explaind.places import Place, read_file
 
-__all__ = ["ArrayMetadata", "read_attributes", "read_json"]
+__all__ = ["CHUNK_HEADER", "ArrayMetadata", "read_attributes", "read_json"]
+
+CHUNK_HEADER = 16
+"""As many bytes of a chunk tell its size."""
 
 _KINDS_OF_NUMBERS = "biuf"
 _CODECS = (
@@ -28,23 +30,19 @@ _CODECS = (
     ["bytes", "crc32c"],
 )
 _LARGEST_JSON_BYTES = 64 << 20
-_BLOSC_HEADER, _CRC_BYTES = 16, 4
+_CRC_BYTES = 4
 _LARGEST_EXPANSION = 1 << 16
 """More than any of blosc's compressors makes of a byte."""
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Place) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
         ValueError, OSError: there is none.
     """
-    if not file.is_file():
-        raise FileNotFoundError("it is missing")
-    if file.stat().st_size > _LARGEST_JSON_BYTES:
-        raise ValueError(f"it has {file.stat().st_size:,} bytes")
     try:
-        content = json.loads(file.read_bytes())
+        content = json.loads(read_file(file, most=_LARGEST_JSON_BYTES))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(content, dict):
@@ -52,7 +50,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def read_attributes(store: Path) -> dict[str, Any]:
+def read_attributes(store: Place) -> dict[str, Any]:
     """The attributes of a store's root group, which describe the run.
 
     Raises:
@@ -63,6 +61,8 @@ def read_attributes(store: Path) -> dict[str, Any]:
         attributes: dict[str, Any] = metadata["attributes"]
         version = attributes.get("explaind_format")
         check_metadata(metadata, required=not isinstance(version, int) or version > 2)
+    except StoreUnreachableError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise DamagedStoreError(f"the metadata of {store} cannot be read: {error!r}") from error
     return attributes
@@ -84,11 +84,11 @@ class ArrayMetadata:
     """Type of the entries."""
 
     @classmethod
-    def read(cls, store: Path, name: str, *, sealed: bool) -> ArrayMetadata:
+    def read(cls, store: Place, name: str, *, sealed: bool) -> ArrayMetadata:
         """Read it.
 
         Args:
-            store: directory of the store.
+            store: place of the store.
             name: name of the array.
             sealed: whether it must have a checksum.
 
@@ -101,6 +101,8 @@ class ArrayMetadata:
             content = read_json(store / name / "zarr.json")
             check_metadata(content, required=sealed)
             return cls._checked(content)
+        except StoreUnreachableError:
+            raise
         except FileNotFoundError as error:
             raise DamagedStoreError(f"the array '{name}' is missing from {store}") from error
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
@@ -145,18 +147,25 @@ class ArrayMetadata:
         """Where a chunk is, below the array's directory."""
         return "/".join(["c", str(index), *["0"] * (len(self.shape) - 1)])
 
-    def check_chunk(self, file: Path) -> None:
+    @property
+    def largest_chunk(self) -> int:
+        """Most bytes that the file of a chunk can have: blosc makes nothing larger but for its header."""
+        return self.chunk_rows * self.row_bytes + CHUNK_HEADER + _CRC_BYTES
+
+    def check_chunk(self, num_bytes: int, header: bytes) -> None:
         """Compare the size of a chunk with what its file says and can hold.
+
+        Args:
+            num_bytes: size of the file.
+            header: its first `CHUNK_HEADER` bytes.
 
         Raises:
             ValueError: they differ.
         """
         chunk_bytes = self.chunk_rows * self.row_bytes
-        with file.open("rb") as opened:  # once: a writer may replace it
-            num_bytes, header = os.fstat(opened.fileno()).st_size, opened.read(_BLOSC_HEADER)
         if "blosc" not in (codec["name"] for codec in self.content["codecs"]):
             fits = num_bytes == chunk_bytes + _CRC_BYTES
-        elif num_bytes < _BLOSC_HEADER + _CRC_BYTES:
+        elif num_bytes < CHUNK_HEADER + _CRC_BYTES:
             fits = False
         else:
             unpacked, packed = int.from_bytes(header[4:8], "little"), int.from_bytes(header[12:16], "little")

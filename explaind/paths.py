@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-from explaind.errors import StoreExistsError
+from explaind.errors import StoreExistsError, StoreUnreachableError
 from explaind.metadata import read_json
+from explaind.places import Place
+from explaind.remote import RemotePath
 
 __all__ = ["aside", "check_free", "free_path", "interrupted"]
 
 
-def check_free(path: Path, *, overwrite: bool) -> None:
+def check_free(path: Place, *, overwrite: bool) -> None:
     """Refuse a path where something is that may not be replaced; delete nothing.
 
     Raises:
@@ -19,7 +21,7 @@ def check_free(path: Path, *, overwrite: bool) -> None:
     """
     if left := interrupted(path):
         raise StoreExistsError(left)
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    if not path.exists() or (isinstance(path, Path) and path.is_dir() and not any(path.iterdir())):
         return
     if not overwrite:
         raise StoreExistsError(
@@ -34,9 +36,9 @@ def aside(path: Path) -> Path:
     return path.with_name(f"{path.name}.old.partial")
 
 
-def interrupted(path: Path) -> str | None:
+def interrupted(path: Place) -> str | None:
     """What to say if a writer was killed just when it replaced a store."""
-    if path.exists() or not aside(path).exists():
+    if isinstance(path, RemotePath) or path.exists() or not aside(path).exists():
         return None
     return (
         f"the writer of {path} was stopped while it replaced it: the run is at {aside(path)}. Rename that to "
@@ -44,9 +46,11 @@ def interrupted(path: Path) -> str | None:
     )
 
 
-def _is_run(path: Path) -> bool:
+def _is_run(path: Place) -> bool:
     try:
         return "explaind_format" in read_json(path / "zarr.json")["attributes"]
+    except StoreUnreachableError:
+        raise
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from explaind.matching import check_calls, check_model
 from explaind.moments import Moments
 from explaind.optimizers import RULES, UpdateRule
 from explaind.parameters import ParameterTable
+from explaind.places import Place
 from explaind.recorded_calls import RecordedCalls
 from explaind.recording.fixed import decode_fixed
 from explaind.recording.groups import group_settings
@@ -35,7 +35,7 @@ class Record(RecordedCalls):
 
     def __init__(
         self,
-        path: Path,
+        path: Place,
         model: nn.Module | None,
         objective: Callable[[nn.Module, Any], Tensor] | None = None,
         data: Any = None,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from threading import RLock
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from explaind.calls import named_tensors
 from explaind.errors import DataMismatchError, NotRecordedError
+from explaind.places import Place
 from explaind.recording.host import to_numpy
 from explaind.recording.references import row_digests
 from explaind.row_cache import RowCache
@@ -71,7 +71,7 @@ class ReferencedInputs:
         source: takes example ids to their batch, as `explaind.data_source` makes it; None if there is no data set.
     """
 
-    def __init__(self, path: Path, layouts: Sequence[InputLayout], source: Callable[[list[int]], Any] | None) -> None:
+    def __init__(self, path: Place, layouts: Sequence[InputLayout], source: Callable[[list[int]], Any] | None) -> None:
         self._path, self._layouts, self._source = path, layouts, source
         self._caches: dict[int, RowCache] = {}
         self._found_as: dict[tuple[int, str], str] = {}

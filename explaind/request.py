@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
@@ -18,6 +17,7 @@ from explaind.path.products import ExampleProducts, TangentProducts
 from explaind.path.queries import QueryFunction
 from explaind.path.sources import Sources, select_sources
 from explaind.path.strategy import choose_gradients, choose_products, count_tokens
+from explaind.places import Place, place_of
 from explaind.quadrature import Adaptive, FixedRule, Quadrature, adaptive
 from explaind.query import Query
 from explaind.run import Run
@@ -38,7 +38,7 @@ class Settings(TypedDict, total=False):
     quadrature: Quadrature | str
     dtype: torch.dtype | None
     device: torch.device | str | None
-    out: str | Path | None
+    out: str | Place | None
     memory: int | None
     progress: bool
 
@@ -68,7 +68,7 @@ class Request:
     tolerance: float
     dtype: torch.dtype
     device: torch.device
-    out: Path | None
+    out: Place | None
     memory: Budget
     progress: bool
 
@@ -108,13 +108,13 @@ def check_request(
     quadrature: Quadrature | str = "adaptive",
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-    out: str | Path | None = None,
+    out: str | Place | None = None,
     memory: int | None = None,
     progress: bool = False,
 ) -> Request:
     """Check the arguments of `Run.attribute`, which says what they mean and what is raised."""
     if out is not None:
-        check_unused(Path(out))
+        check_unused(place_of(out))
     axes = check_axes(by)
     if not isinstance(tolerance, (int, float)) or not tolerance >= 0:
         raise ValueError(f"tolerance is a part of the path length, zero or more; got {tolerance!r}.")
@@ -153,7 +153,7 @@ def check_request(
         tolerance=tolerance,
         dtype=dtype,
         device=place,
-        out=None if out is None else Path(out),
+        out=None if out is None else place_of(out),
         memory=budget,
         progress=progress,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from functools import cached_property
 from html import escape
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
@@ -13,6 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from explaind.places import Place, file_sizes, place_of
 from explaind.record import Record
 from explaind.store import StoreReader, decoding
 
@@ -30,7 +30,7 @@ __all__ = ["Run", "open_run"]
 
 
 def open_run(
-    store: str | Path,
+    store: str | Place,
     model: nn.Module | None = None,
     *,
     objective: Callable[[nn.Module, Any], Tensor] | None = None,
@@ -39,7 +39,7 @@ def open_run(
     """Open a recorded run for reading; also while it is still being written.
 
     Args:
-        store: directory that `explaind.trace` wrote.
+        store: directory that `explaind.trace` wrote, or a URL that fsspec knows, such as `s3://bucket/run.zarr`.
         model: a model of the recorded architecture. Its weights are ignored, and left as they are: all
             weights come from the store. Without it, what needs a forward pass is not possible.
         objective: the function that `explaind.trace` was given, if any: a store holds no code.
@@ -53,11 +53,12 @@ def open_run(
     Raises:
         StoreFormatError: not a run, an empty one, or one in a newer format.
         DamagedStoreError: the store's metadata cannot be read.
+        StoreUnreachableError: object storage cannot be read.
         ModelMismatchError: the model's parameters or modules are not those recorded.
         TypeError: `data` is no data set, nor a function. When inputs are needed, there is a `NotRecordedError` without
             it, and a `DataMismatchError` where an example's item is not what the model was called with.
     """
-    path = Path(store)
+    path = place_of(store)
     if "checkpoints" in StoreReader(path).attributes:
         from explaind.checkpoints import CheckpointRun
 
@@ -70,7 +71,7 @@ class Run(Record):
 
     def __init__(
         self,
-        path: Path,
+        path: Place,
         model: nn.Module | None,
         objective: Callable[[nn.Module, Any], Tensor] | None = None,
         data: Any = None,
@@ -144,7 +145,7 @@ class Run(Record):
         return f"<table>{rows}</table>"
 
     def _summary(self) -> dict[str, str]:
-        size = sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+        size = sum(size for _, size in file_sizes(self.path))
         known = "" if all(self.rules) else " (update rule not known: no example axis)"
         return {
             "run": str(self.path),
@@ -169,7 +170,7 @@ class Run(Record):
         quadrature: Quadrature | str = "adaptive",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
-        out: str | Path | None = None,
+        out: str | Place | None = None,
         memory: int | None = None,
         progress: bool = False,
     ) -> Attribution:
@@ -196,7 +197,7 @@ class Run(Record):
                 would exceed the tolerance are computed in float64. The certificate is always float64.
             device: where to compute; by default the host.
             out: a directory for a zarr store, where the terms are written step by step as they are computed; the result
-                reads them when they are used. It has that name once it is whole.
+                reads them when they are used. It has that name once it is whole. To a URL it is uploaded then.
             memory: bytes that the computation may work in beside the result, by default a quarter of what is free. If
                 that does not hold all queries, they are computed in several sweeps over the run, a part in each;
                 `run.plan` says how many. Inputs that do not depend on each other are evaluated in blocks that fit.
@@ -279,7 +280,7 @@ class Run(Record):
 
     def export(
         self,
-        path: str | Path,
+        path: str | Place,
         *,
         steps: slice | range | None = None,
         every: int | None = None,
@@ -291,7 +292,8 @@ class Run(Record):
         the new run. Its `metadata` say as `exported_from` which steps they are.
 
         Args:
-            path: directory of the new store.
+            path: directory of the new store, or a URL, to which it is uploaded once it is whole; until then it is in a
+                temporary directory.
             steps: successive steps, such as `slice(100, 200)`; by default all.
             every: store only the parameters before every K-th of the steps, as `snapshot_every` of `explaind.trace`
                 does, and what replaying does not give bit for bit; this replays all of them. By default the new store
@@ -312,7 +314,7 @@ class Run(Record):
         if every is not None and (not isinstance(every, int) or every < 2):
             raise ValueError(f"every= is a number of steps, at least 2; got {every!r}.")
         chosen = successive_steps(steps, self.num_steps)
-        export(self, self._store, Path(path), steps=chosen, every=every, progress=progress)
+        export(self, self._store, place_of(path), steps=chosen, every=every, progress=progress)
 
     def verify(self, *, progress: bool = False) -> VerifyReport:
         """Replay every step and compare with the record; see `explaind.path.verify.verify`."""

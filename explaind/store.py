@@ -9,10 +9,12 @@ file. A reader believes only that file, so it sees a prefix of whole steps whene
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -24,8 +26,10 @@ from numpy.typing import NDArray
 from zarr.storage import LocalStore, StorePath
 
 from explaind.commit import COMMIT_FILE, Commit
-from explaind.errors import DamagedStoreError, ExplaindError, StoreFormatError
-from explaind.metadata import ArrayMetadata, read_attributes
+from explaind.errors import DamagedStoreError, ExplaindError, StoreFormatError, StoreUnreachableError
+from explaind.metadata import CHUNK_HEADER, ArrayMetadata, read_attributes
+from explaind.places import Place, read_each
+from explaind.remote_chunks import RemoteChunks
 
 __all__ = ["FORMAT_VERSION", "Layout", "StoreReader", "decoding"]
 
@@ -35,6 +39,7 @@ _READABLE_VERSIONS = (1, 2, 3)
 _LAST_WITHOUT_CHECKSUMS = 2
 
 _CACHE_BYTES = 256 << 20
+_MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _SENSELESS = (
     ArithmeticError,
     AssertionError,
@@ -77,13 +82,15 @@ class StoreReader:
     Raises:
         StoreFormatError: not a run, or written in a newer format.
         DamagedStoreError: metadata or a chunk is missing or fails its checksum.
+        StoreUnreachableError: object storage cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self.path = path
-        self._place = _place(path)
+        directory = _directory(path)
         # The commit is read first: metadata that is read later can only be newer.
         self.commit = Commit.read(path)
+        self._identity = directory or self.commit.id
         self.attributes = read_attributes(path)
         version = self.attributes.get("explaind_format")
         if not isinstance(version, int):
@@ -96,12 +103,8 @@ class StoreReader:
         sealed = version > _LAST_WITHOUT_CHECKSUMS
         if sealed and not self.commit.sealed:
             raise DamagedStoreError(f"{path / COMMIT_FILE} cannot be read: its checksum is missing.")
-        self._metadata: dict[str, ArrayMetadata | DamagedStoreError] = {}
-        for name in self.commit.arrays:
-            try:
-                self._metadata[name] = ArrayMetadata.read(path, name, sealed=sealed)
-            except DamagedStoreError as error:  # of this array only
-                self._metadata[name] = error
+        found = read_each(path, partial(_metadata_or_damage, path, sealed), self.commit.arrays)
+        self._metadata = dict(zip(self.commit.arrays, found, strict=True))
         self._arrays: dict[str, zarr.Array[Any]] = {}
         self.reads: Counter[str] = Counter()
         """How often each array was read from."""
@@ -161,9 +164,9 @@ class StoreReader:
         shape = (self._length_of(name), *metadata.shape[1:])
         return Layout(dims=metadata.dims, shape=shape, dtype=metadata.dtype.name, chunk_rows=metadata.chunk_rows)
 
-    def chunk_file(self, name: str, index: int) -> Path:
-        """Where a chunk of an array is."""
-        return self.path / name / self._find(name).chunk_file(index)
+    def chunk_name(self, name: str, index: int) -> str:
+        """Where a chunk of an array is, below the store's directory."""
+        return f"{name}/{self._find(name).chunk_file(index)}"
 
     def num_bytes(self, name: str, left_out: float = 0.0) -> int:
         """Bytes of the valid rows of an array, not compressed, but for the chunks in a first part that is left out."""
@@ -239,14 +242,6 @@ class StoreReader:
             )
         return length
 
-    def _file(self, name: str, index: int) -> Path:
-        """The file of a chunk, which must be there: zarr takes a missing one for fill values, without an error."""
-        file = self.chunk_file(name, index)
-        if not file.is_file() and self._find(name).row_bytes:
-            self._check_same()
-            raise DamagedStoreError(f"a chunk is missing: {self._where(name, index)} ({file.relative_to(self.path)})")
-        return file
-
     def _where(self, name: str, index: int) -> str:
         metadata = self._find(name)
         start = index * metadata.chunk_rows
@@ -261,11 +256,16 @@ class StoreReader:
         metadata = self._find(name)
         start = index * metadata.chunk_rows
         stop = min(start + metadata.chunk_rows, self.length(metadata.dims[0]))
-        file = self._file(name, index)
+        file = self.chunk_name(name, index)
         try:
-            if metadata.row_bytes:
-                metadata.check_chunk(file)
+            if metadata.row_bytes and isinstance(self.path, Path):  # zarr takes a missing one for fill values
+                metadata.check_chunk(*_size_and_header(self.path / file))
             block = np.ascontiguousarray(self._open(name)[start:stop])
+        except StoreUnreachableError:
+            raise
+        except _MISSING as error:
+            self._check_same()
+            raise DamagedStoreError(f"a chunk is missing: {self._where(name, index)} ({file})") from error
         except Exception as error:  # each codec has its own error types
             self._check_same()
             raise DamagedStoreError(f"a chunk is damaged: {self._where(name, index)}: {error}") from error
@@ -282,20 +282,33 @@ class StoreReader:
 
     def _open(self, name: str) -> zarr.Array[Any]:
         if name not in self._arrays:
-            place = StorePath(LocalStore(self.path, read_only=True), name)
-            self._arrays[name] = zarr.Array.from_dict(place, dict(self._find(name).content))
+            metadata = self._find(name)
+            if isinstance(self.path, Path):
+                place = StorePath(LocalStore(self.path, read_only=True), name)
+            else:
+                place = StorePath(RemoteChunks(self.path, metadata), name)
+            self._arrays[name] = zarr.Array.from_dict(place, dict(metadata.content))
         return self._arrays[name]
 
     def _check_same(self) -> None:
-        if _place(self.path) != self._place:
+        if self._identity_now() != self._identity:
             raise StoreFormatError(
                 f"{self.path} has been replaced since it was opened: its writer took in more parameters, or it is "
                 "another run. Open it again."
             )
 
+    def _identity_now(self) -> Any:
+        """What tells the store from another one at the same place: its directory, or the id in its commit."""
+        if isinstance(self.path, Path):
+            return _directory(self.path)
+        try:
+            return Commit.read(self.path).id
+        except (StoreFormatError, DamagedStoreError):  # it is just being replaced
+            return None
+
 
 @contextmanager
-def decoding(what: str, path: Path) -> Iterator[None]:
+def decoding(what: str, path: Place) -> Iterator[None]:
     """Say that a part of a store makes no sense, whatever goes wrong when it is turned into what it stands for.
 
     Raises:
@@ -309,6 +322,22 @@ def decoding(what: str, path: Path) -> Iterator[None]:
         raise DamagedStoreError(f"{what} of {path} cannot be what was written: {error!r:.500}") from error
 
 
-def _place(path: Path) -> tuple[int, int] | None:
+def _metadata_or_damage(path: Place, sealed: bool, name: str) -> ArrayMetadata | DamagedStoreError:
+    """What an array's metadata say; what is wrong with them is of this array only."""
+    try:
+        return ArrayMetadata.read(path, name, sealed=sealed)
+    except DamagedStoreError as error:
+        return error
+
+
+def _size_and_header(file: Path) -> tuple[int, bytes]:
+    with file.open("rb") as opened:  # once: a writer may replace it
+        return os.fstat(opened.fileno()).st_size, opened.read(CHUNK_HEADER)
+
+
+def _directory(path: Place) -> tuple[int, int] | None:
     """What tells a directory from another one of the same name."""
-    return (path.stat().st_dev, path.stat().st_ino) if path.exists() else None
+    if not isinstance(path, Path) or not path.exists():
+        return None
+    status = path.stat()
+    return status.st_dev, status.st_ino

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -16,7 +17,10 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
 
-from explaind.errors import StoreExistsError
+from explaind.commit import COMMIT_FILE
+from explaind.errors import StoreExistsError, StoreUnreachableError
+from explaind.places import Place
+from explaind.remote import RemotePath
 
 __all__ = ["CHUNK_BYTES", "Kept", "Sink", "Stored", "check_unused", "chunk_sizes", "new_store", "write_dataset"]
 
@@ -125,7 +129,7 @@ def chunk_sizes(sizes: Mapping[str, int], *, num_queries: int) -> dict[str, int]
     return chunk
 
 
-def check_unused(path: Path) -> None:
+def check_unused(path: Place) -> None:
     """Refuse a path where something is.
 
     Raises:
@@ -133,7 +137,7 @@ def check_unused(path: Path) -> None:
     """
     if path.exists():
         raise StoreExistsError(f"{path} exists already; save the result somewhere else, or remove it first.")
-    if _unfinished(path).exists():
+    if isinstance(path, Path) and _unfinished(path).exists():
         raise StoreExistsError(
             f"{_unfinished(path)} exists: a result for {path.name} is being written, or its writer was killed. Remove "
             "it if nobody writes it any more, or save the result somewhere else."
@@ -141,13 +145,24 @@ def check_unused(path: Path) -> None:
 
 
 @contextmanager
-def new_store(path: Path) -> Iterator[Path]:
+def new_store(path: Place) -> Iterator[Path]:
     """A directory to write a store in, which is at `path` once it is whole; if that fails, nothing is left of it.
+
+    For object storage it is a temporary one. What is there counts as nothing until the last file has been uploaded: the
+    root's metadata, or in a run the commit.
 
     Raises:
         StoreExistsError: something is there already.
+        StoreUnreachableError: it cannot be uploaded.
     """
     check_unused(path)
+    if isinstance(path, RemotePath):
+        with tempfile.TemporaryDirectory(prefix="explaind-") as directory:
+            made = Path(directory) / path.name
+            made.mkdir()
+            yield made
+            _upload(made, path)
+        return
     unfinished = _unfinished(path)
     unfinished.mkdir(parents=True)
     try:
@@ -155,6 +170,16 @@ def new_store(path: Path) -> Iterator[Path]:
         unfinished.rename(path)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def _upload(store: Path, path: RemotePath) -> None:
+    root = "zarr.json"
+    try:
+        path.upload(store, last=(root, COMMIT_FILE))
+    except BaseException:
+        with suppress(StoreUnreachableError):
+            path.clear(first=COMMIT_FILE, last=root)
         raise
 
 

@@ -125,7 +125,7 @@ def test_an_old_run_stays_if_the_new_one_cannot_be_made(fails, tmp_path, monkeyp
 
     with monkeypatch.context() as patched:
         if fails == "put":
-            patched.setattr(explaind.recording.writer, "put", full)
+            patched.setattr(explaind.recording.files, "put", full)
         else:
             patched.setattr(Path, fails, rename if fails == "rename" else full)
         with pytest.raises(OSError, match="No space left"):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 from torch import Tensor, nn
 
 from explaind.errors import NonFiniteError, RecordingError
+from explaind.places import Place
 from explaind.recording.forwards import ForwardCall
 from explaind.recording.gradients import all_finite, first_nonfinite
 from explaind.replay.model import sparse_weights
@@ -15,7 +15,7 @@ from explaind.replay.model import sparse_weights
 __all__ = ["check_calls_reach", "check_finite", "check_one_gradient", "check_sparse", "check_unchanged"]
 
 
-def check_finite(what: str, flat: Tensor, tensors: Mapping[str, Tensor | None], step: int, path: Path) -> None:
+def check_finite(what: str, flat: Tensor, tensors: Mapping[str, Tensor | None], step: int, path: Place) -> None:
     """No tensor may have NaN or infinite entries; `flat` is all of them.
 
     Raises:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import google_crc32c
@@ -19,7 +19,8 @@ from numcodecs.blosc import Blosc
 from numpy.typing import NDArray
 
 from explaind.checksums import sealed_metadata
-from explaind.recording.files import put
+from explaind.places import Place
+from explaind.recording.files import LOCAL, Files
 
 __all__ = ["GrowingArray", "describe", "encoded_size", "rows_of_a_chunk"]
 
@@ -72,19 +73,21 @@ class GrowingArray:
         like: some rows, of the shape and type that all have.
         chunk_rows: number of rows in a chunk.
         durable: whether no file may be replaced by one that has not reached the device.
+        files: writes the files of the store.
     """
 
     def __init__(
         self,
-        path: Path,
+        path: Place,
         name: str,
         dims: tuple[str, ...],
         like: NDArray[Any],
         chunk_rows: int,
         *,
         durable: bool = False,
+        files: Files = LOCAL,
     ) -> None:
-        self._name, self._durable = name, durable
+        self._name, self._durable, self._to = name, durable, files
         self.chunk_rows = chunk_rows
         """Number of rows in a chunk."""
         self._fill = np.nan if like.dtype.kind == "f" else 0
@@ -101,13 +104,14 @@ class GrowingArray:
         self._room = 0
         self._files: dict[str, None] = {}
         self._metadata = _metadata(like, dims, chunk_rows)
-        (path / name / "c").mkdir(parents=True)
-        for parent in Path(name).parents[:-1]:
-            put(f"{path / parent}/zarr.json", json.dumps(_group({})).encode(), force=durable)
+        if isinstance(path, Path):
+            (path / name / "c").mkdir(parents=True)
+        for parent in PurePosixPath(name).parents[:-1]:
+            files.put(f"{path}/{parent}/zarr.json", json.dumps(_group({})).encode(), force=durable)
         self.attach(path)
         self._resize(0)
 
-    def attach(self, path: Path) -> None:
+    def attach(self, path: Place) -> None:
         """Go on in the store of this directory, which has the same rows."""
         self._store, self._directory = path, f"{path}/{self._name}"
 
@@ -161,7 +165,7 @@ class GrowingArray:
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Some of the rows that are settled."""
-        return np.asarray(zarr.open_array(self._store, path=self._name, mode="r")[start:stop])
+        return np.asarray(zarr.open_array(str(self._store), path=self._name, mode="r")[start:stop])
 
     def trim(self) -> None:
         """Give up the room behind the last row."""
@@ -172,7 +176,7 @@ class GrowingArray:
         self._room = length
         shape = [length, *self._metadata["shape"][1:]]
         file = f"{self._directory}/zarr.json"
-        put(file, json.dumps(sealed_metadata(self._metadata | {"shape": shape})).encode(), force=self._durable)
+        self._to.put(file, json.dumps(sealed_metadata(self._metadata | {"shape": shape})).encode(), force=self._durable)
         self._files[file] = None
 
     def _write(self, rows: NDArray[Any]) -> None:
@@ -187,16 +191,16 @@ class GrowingArray:
         begun = index == self._begun
         for _ in range(rows.ndim - 1):
             if not begun:
-                Path(file).mkdir(exist_ok=True)  # without its parents: a store that was deleted must not come back
+                self._to.make_directory(file)  # without its parents: a store that was deleted must not come back
             file += "/0"
         self._begun = index
-        put(file, data, google_crc32c.value(data).to_bytes(4, "little"), force=self._durable and begun)
+        self._to.put(file, data, google_crc32c.value(data).to_bytes(4, "little"), force=self._durable and begun)
         self._files[file] = None
 
 
-def describe(store: Path, attributes: Mapping[str, Any], *, durable: bool = False) -> None:
+def describe(store: Place, attributes: Mapping[str, Any], *, durable: bool = False, files: Files = LOCAL) -> None:
     """Write the metadata of a store's root group, whose attributes describe the run."""
-    put(f"{store}/zarr.json", json.dumps(sealed_metadata(_group(attributes))).encode(), force=durable)
+    files.put(f"{store}/zarr.json", json.dumps(sealed_metadata(_group(attributes))).encode(), force=durable)
 
 
 def _group(attributes: Mapping[str, Any]) -> dict[str, Any]:

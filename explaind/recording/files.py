@@ -5,8 +5,42 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
-__all__ = ["force", "force_tree", "put"]
+from explaind.places import Place
+
+__all__ = ["LOCAL", "Files", "force", "force_tree", "put"]
+
+
+class Files(Protocol):
+    """How the files of a store are written, by the texts of their whole names."""
+
+    def put(self, file: str, *parts: bytes, force: bool = False) -> None:
+        """Write a file as a whole, at the latest with the next `send`."""
+        ...
+
+    def make_directory(self, directory: str) -> None:
+        """Make a directory in one that must be there."""
+        ...
+
+    def send(self) -> None:
+        """See to it that a reader finds all that was put."""
+        ...
+
+
+class _Local:
+    """Files of this machine."""
+
+    def put(self, file: str, *parts: bytes, force: bool = False) -> None:
+        """See `put`."""
+        put(file, *parts, force=force)
+
+    def make_directory(self, directory: str) -> None:
+        """See `Files.make_directory`."""
+        Path(directory).mkdir(exist_ok=True)
+
+    def send(self) -> None:
+        """Everything is there already."""
 
 
 def put(file: str, *parts: bytes, force: bool = False) -> None:
@@ -27,7 +61,11 @@ def put(file: str, *parts: bytes, force: bool = False) -> None:
     os.replace(f"{file}.partial", file)  # noqa: PTH105 (a Path takes as long as the file itself)
 
 
-def force(files: Iterable[str], root: Path) -> None:
+LOCAL: Files = _Local()
+"""How files of this machine are written."""
+
+
+def force(files: Iterable[str], root: Place) -> None:
     """Force files to the device, and the directories from them up to `root`, in which their names are."""
     directories: dict[str, None] = {}
     for file in files:

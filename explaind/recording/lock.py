@@ -9,12 +9,38 @@ import socket
 import warnings
 import weakref
 from pathlib import Path
+from typing import Protocol
 
 from explaind.errors import StoreInUseError
+from explaind.places import Place
 
-__all__ = ["WriterLock"]
+__all__ = ["Lock", "WriterLock", "lock_of"]
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+
+
+class Lock(Protocol):
+    """Something that a writer holds."""
+
+    def release(self) -> object:
+        """Let others write."""
+        ...
+
+
+class _NoLock:
+    """What a writer to object storage holds: there are no locks."""
+
+    def release(self) -> None:
+        """There is nothing to release."""
+
+
+def lock_of(store: Place) -> Lock:
+    """Keep other writers away from a store, where that is possible.
+
+    Raises:
+        StoreInUseError: another recorder writes it.
+    """
+    return WriterLock(store) if isinstance(store, Path) else _NoLock()
 
 
 class WriterLock:

@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
@@ -15,6 +14,7 @@ from torch.optim import Optimizer
 
 from explaind.errors import NonFiniteError, RecordingError
 from explaind.parameters import ParameterTable
+from explaind.places import Place
 from explaind.recording.capture import CallCapture
 from explaind.recording.checks import (
     check_calls_reach,
@@ -61,7 +61,7 @@ class TracedLoop:
         model: nn.Module,
         called: nn.Module,
         optimizers: Optimizers,
-        path: Path,
+        path: Place,
         *,
         names: ExampleNames,
         objective: Callable[[nn.Module, Any], Tensor] | None,

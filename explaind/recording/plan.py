@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from explaind.calls import named_tensors
 from explaind.commit import Commit
 from explaind.info import DIGESTS, INPUTS, REST, kind_of
+from explaind.places import Place, file_sizes
 from explaind.recording.chunks import GrowingArray, encoded_size
 from explaind.recording.snapshots import STATE_EVERY
 from explaind.store import StoreReader
@@ -78,7 +79,7 @@ def measure(
     record: Callable[[Path, nn.Module, list[Optimizer]], AbstractContextManager[Any]],
     loss: Callable[[nn.Module, Any], Tensor],
     *,
-    path: Path,
+    path: Place,
     steps: int,
     examples: int | None,
 ) -> RecordingPlan:
@@ -89,11 +90,11 @@ def measure(
         optimizers: likewise.
         record: makes a recorder, to a path, of copies of them.
         loss: takes a copy of the model, and the recorder if there is one, to a loss.
-        path: where the run would be.
+        path: where the run would be; for a URL the directory is one for temporary files.
         steps: how many steps to plan for.
         examples: how many distinct examples; None for those of the loss.
     """
-    place = next(parent for parent in path.absolute().parents if parent.is_dir())
+    place = next(parent for parent in path.absolute().parents if parent.is_dir()) if isinstance(path, Path) else None
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     with tempfile.TemporaryDirectory(dir=place, prefix=".plan-") as directory, torch.random.fork_rng(devices):
         store = Path(directory) / "run.zarr"
@@ -173,7 +174,7 @@ def any_loss(output: Any) -> Tensor:
 def _sizes(store: StoreReader, steps: int) -> tuple[Counter[str], Counter[str]]:
     """Bytes that each of so many steps will add, and those that come once, by kind of array."""
     per_step: Counter[str] = Counter()
-    once = Counter({REST: sum(file.stat().st_size for file in store.path.rglob("*.json"))})
+    once = Counter({REST: sum(size for name, size in file_sizes(store.path) if name.endswith(".json"))})
     every = store.attributes["snapshot_every"]
     stored = {"snapshot": every, "state_snapshot": every if every > 1 else STATE_EVERY}
     for name in store.commit.arrays:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from explaind.errors import RecordingError
 from explaind.paths import check_free, free_path
+from explaind.places import Place, place_of
 from explaind.recording.loop import TracedLoop
 from explaind.recording.naming import ExampleNames
 from explaind.recording.optimizers import Optimizers
@@ -27,7 +28,7 @@ __all__ = ["Recorder", "trace"]
 def trace(
     model: nn.Module,
     optimizer: Optimizer | Sequence[Optimizer],
-    store: str | Path | None = None,
+    store: str | Place | None = None,
     *,
     snapshot_every: int = 1,
     example_grads: Literal["replayed", "stored"] = "replayed",
@@ -49,7 +50,8 @@ def trace(
         optimizer: owns all parameters of `model` that require gradients, and no others. Several that share them, such
             as `[muon, adamw]`, make one step together: a round in which each steps at most once. Frozen parameters
             may be added to them as groups while they train.
-        store: directory of the zarr store to write; by default the first free `storage/run-N.zarr`.
+        store: directory of the zarr store to write; by default the first free `storage/run-N.zarr`. Or a URL that
+            fsspec knows, such as `s3://bucket/run.zarr`: nothing can keep a second writer away from there.
         snapshot_every: store the parameters before every K-th step only, and with them the optimizer's state. The
             steps between are replayed when they are read, which takes a forward and a backward pass each and gives the
             same numbers; gradients are not stored, unless they cannot be replayed. 1 stores the parameters and
@@ -78,6 +80,7 @@ def trace(
             `snapshot_every` asks for it.
         StoreExistsError: something is at `store` already.
         StoreInUseError: when the recording begins, another one is writing to `store`.
+        StoreUnreachableError: object storage cannot be written.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -100,7 +103,7 @@ def trace(
         json.dumps(metadata)
     except TypeError as error:
         raise TypeError(f"metadata must be plain data that JSON can hold: {error}.") from error
-    path = Path(store) if store is not None else free_path(Path("storage"))
+    path = place_of(store) if store is not None else free_path(Path("storage"))
     return Recorder(
         model,
         optimizer,
@@ -122,7 +125,7 @@ class Recorder:
         self,
         model: nn.Module,
         optimizer: Optimizer | Sequence[Optimizer],
-        path: Path,
+        path: Place,
         *,
         snapshot_every: int,
         example_grads: Literal["replayed", "stored"],
@@ -137,7 +140,7 @@ class Recorder:
         optimizers = Optimizers(optimizer if isinstance(optimizer, Sequence) else [optimizer])
         check_model_and_optimizers(model, optimizers)
         self.path = path
-        """Directory of the store."""
+        """Where the store is."""
         self._model, self._optimizers, self._objective = model, optimizers, objective
         self._options: dict[str, Any] = {
             "snapshot_every": snapshot_every,

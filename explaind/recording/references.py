@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from explaind.errors import RecordingError
+from explaind.places import Place
 from explaind.recording.forwards import ForwardCall
 
 __all__ = ["DIGEST_BYTES", "References", "digest_array", "row_digests"]
@@ -48,7 +48,7 @@ class References:
         path: directory of the store.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self._path = path
         self._owners: dict[int, NDArray[np.int64]] = {}
         self._first: dict[int, dict[int, int]] = {}

@@ -6,7 +6,6 @@ import math
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from explaind.parameters import ParameterTable
+from explaind.places import Place
 from explaind.recording.calls import CallRows
 from explaind.recording.fixed import FixedTensors, module_types
 from explaind.recording.forwards import ForwardCall
@@ -57,7 +57,7 @@ class StepRows:
         self,
         model: nn.Module,
         optimizers: Optimizers,
-        path: Path,
+        path: Place,
         tracked: Mapping[str, nn.Parameter],
         table: ParameterTable,
         *,

@@ -16,13 +16,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from explaind.commit import COMMIT_FILE, Commit, is_published, thinned
-from explaind.errors import RecordingError
+from explaind.commit import COMMIT_FILE, Commit, is_published, new_id, thinned
+from explaind.errors import RecordingError, StoreUnreachableError
 from explaind.metadata import read_attributes
-from explaind.paths import aside, check_free
+from explaind.paths import check_free
+from explaind.places import Place
 from explaind.recording.chunks import GrowingArray, describe, rows_of_a_chunk
-from explaind.recording.files import force, force_tree, put
-from explaind.recording.lock import WriterLock
+from explaind.recording.files import force
+from explaind.recording.lock import lock_of
+from explaind.recording.replacing import another, replaceable
+from explaind.recording.uploads import files_of
 from explaind.store import FORMAT_VERSION
 
 __all__ = ["Later", "Rows", "StoreWriter"]
@@ -62,20 +65,22 @@ class StoreWriter:
     after it.
 
     Args:
-        path: directory of the store.
+        path: directory of the store, or its name in object storage.
         attributes: JSON-able description of the run, kept in the root group.
         overwrite: replace a run that is already there (only ever a run: other directories are refused).
-        durable: force every block to the device before it is published.
+        durable: force every block to the device before it is published; object storage does that always.
 
     Raises:
         StoreExistsError: something is at `path`, and it may not be replaced.
         StoreInUseError: another writer is at work there.
+        StoreUnreachableError: object storage cannot be written.
     """
 
-    def __init__(self, path: Path, *, attributes: Mapping[str, Any], overwrite: bool, durable: bool = False) -> None:
+    def __init__(self, path: Place, *, attributes: Mapping[str, Any], overwrite: bool, durable: bool = False) -> None:
         self.path = path.resolve()  # the loop may change its directory
-        self._durable = durable
-        self._lock = WriterLock(self.path)
+        self._files = files_of(self.path)
+        self._durable, self._id = durable and isinstance(path, Path), new_id()
+        self._lock = lock_of(self.path)
         try:
             check_free(self.path, overwrite=overwrite)  # another one may have written since it was last looked at
             self._create({"explaind_format": FORMAT_VERSION, **attributes})
@@ -150,11 +155,16 @@ class StoreWriter:
     def _publish(self) -> None:
         while len(self._blocks) > 1:
             with self._explained(self._blocks[0].num_bytes):
-                (self.path / "zarr.json").stat()
+                if self._is_due or isinstance(self.path, Path):  # asking object storage takes its time
+                    self._check_there()
                 self._write(self._blocks[0])
                 if self._is_due:
                     self._commit(complete=False)
             del self._blocks[0]
+
+    def _check_there(self) -> None:
+        if not (self.path / "zarr.json").is_file():
+            raise FileNotFoundError(f"{self.path} is gone")
 
     @property
     def _is_due(self) -> bool:
@@ -164,6 +174,7 @@ class StoreWriter:
 
     def _complete(self) -> None:
         with self._explained(0):
+            self._check_there()
             for array in self._arrays.values():
                 array.trim()
             self._commit(complete=True)
@@ -179,21 +190,23 @@ class StoreWriter:
                 share = min(1.0, block.num_bytes / _BLOCK_BYTES)
                 chunk_rows = rows_of_a_chunk(parts[0], round(sum(map(len, parts)) / max(share, 1e-3)))
                 self._arrays[name] = GrowingArray(
-                    self.path, name, self._dims[name], parts[0], chunk_rows, durable=self._durable
+                    self.path, name, self._dims[name], parts[0], chunk_rows, durable=self._durable, files=self._files
                 )
             self._arrays[name].append(*parts)
         if block.attributes:
             self._describe(self.path, block.attributes)
 
-    def _describe(self, store: Path, attributes: Mapping[str, Any]) -> None:
+    def _describe(self, store: Place, attributes: Mapping[str, Any]) -> None:
         """Add to the attributes of a store's root group."""
-        describe(store, read_attributes(store) | dict(attributes), durable=self._durable)
+        self._files.send()
+        describe(store, read_attributes(store) | dict(attributes), durable=self._durable, files=self._files)
 
     def _commit(self, *, complete: bool) -> None:
         began = time.monotonic()
         files = [file for array in self._arrays.values() for file in array.settle()]
         if self._durable:
             force(files, self.path)
+        self._files.send()
         commit = replace(self._state_of(self._arrays), complete=complete)
         self._put_commit(self.path, replace(commit, earlier=tuple(self._earlier.values())))
         self._earlier = thinned(self._earlier | {self._num_commits: commit})
@@ -213,46 +226,36 @@ class StoreWriter:
         }
         return Commit(lengths=lengths, arrays=tails, complete=False)
 
-    def _put_commit(self, store: Path, commit: Commit) -> None:
-        put(f"{store}/{COMMIT_FILE}", commit.to_json().encode(), force=self._durable)
+    def _put_commit(self, store: Place, commit: Commit) -> None:
+        content = replace(commit, id=self._id).to_json()
+        self._files.put(f"{store}/{COMMIT_FILE}", content.encode(), force=self._durable)
+        self._files.send()
         if self._durable:
             force([], store)
 
     # ------------------------------------------------------------------ stores that take another's place
 
     def _create(self, attributes: Mapping[str, Any]) -> None:
-        """Make an empty store, beside one that it replaces."""
-        with self._beside() as beside:
-            beside.mkdir()
-            describe(beside, attributes)
-            self._put_commit(beside, Commit(lengths={}, arrays={}, complete=False))
+        """Make an empty store, beside one that it replaces, or after it where nothing can be renamed."""
+        if isinstance(self.path, Path):
+            with another(self.path, durable=self._durable) as beside:
+                beside.mkdir()
+                self._begin(beside, attributes)
+        else:
+            self.path.clear(first=COMMIT_FILE, last="zarr.json")
+            self._begin(self.path, attributes)
 
-    @contextmanager
-    def _beside(self) -> Iterator[Path]:
-        """Where to make a store that takes the place of the one that is there; at any moment one of them is whole."""
-        beside, old = self.path.with_name(f"{self.path.name}.new.partial"), aside(self.path)
-        for left in (beside, old):
-            shutil.rmtree(left, ignore_errors=True)
-        try:
-            yield beside
-            if self._durable:
-                force_tree(beside)
-            if self.path.exists():
-                self.path.rename(old)
-            beside.rename(self.path)
-        except BaseException:
-            if old.exists() and not self.path.exists():
-                old.rename(self.path)
-            shutil.rmtree(beside, ignore_errors=True)
-            raise
-        if self._durable:
-            force([], self.path.parent)
-        shutil.rmtree(old, ignore_errors=True)
+    def _begin(self, store: Place, attributes: Mapping[str, Any]) -> None:
+        describe(store, attributes, files=self._files)
+        self._files.send()
+        self._put_commit(store, Commit(lengths={}, arrays={}, complete=False))
 
     @contextmanager
     def _explained(self, num_bytes: int) -> Iterator[None]:
         try:
             yield
+        except StoreUnreachableError:
+            raise
         except OSError as error:
             if not (self.path / "zarr.json").is_file():
                 raise RecordingError(
@@ -295,12 +298,14 @@ class StoreWriter:
             attributes: what the description of the run says from now on.
 
         Raises:
-            RecordingError: the disk is full. The store is as it was.
+            RecordingError: the disk is full, or it is object storage. The store is as it was.
         """
+        path = replaceable(self.path)
         with self._explained(0):
             self._commit(complete=False)
-            with self._beside() as beside:
-                changed = self._copy(beside, changes, attributes)
+            self._id = new_id()
+            with another(path, durable=self._durable) as beside:
+                changed = self._copy(path, beside, changes, attributes)
         self._arrays |= changed
         self._earlier = {}
         for array in self._arrays.values():
@@ -308,15 +313,16 @@ class StoreWriter:
 
     def _copy(
         self,
+        old: Path,
         path: Path,
         changes: Mapping[str, Callable[[NDArray[Any], int], NDArray[Any]]],
         attributes: Mapping[str, Any],
     ) -> dict[str, GrowingArray]:
         names = [name for name in self._arrays if name in changes]
-        left_out = {self.path / name for name in names} | {self.path / COMMIT_FILE}
-        for file in self.path.rglob("*"):
+        left_out = {old / name for name in names} | {old / COMMIT_FILE}
+        for file in old.rglob("*"):
             if file.is_file() and left_out.isdisjoint([file, *file.parents]):
-                copied = path / file.relative_to(self.path)
+                copied = path / file.relative_to(old)
                 copied.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, copied)
         self._describe(path, attributes)
