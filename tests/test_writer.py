@@ -1,6 +1,7 @@
 """Writing in the background: what goes wrong there reaches the loop, and what goes well loses nothing."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -114,6 +115,7 @@ def test_an_error_of_the_loop_and_one_of_the_writer_are_both_told(tmp_path, monk
 
 def test_a_store_that_is_deleted_meanwhile_is_said_to_be_gone(tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(writer, "_CHEAP_SECONDS", math.inf)
     model, optimizer = make()
     with (
         pytest.raises(RecordingError, match=r"run was deleted or moved while it was recorded"),
