@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["force", "force_tree", "put"]
+from explaind.paths import aside
+
+__all__ = ["force", "force_tree", "put", "replacement"]
 
 
 def put(file: str, *parts: bytes, force: bool = False) -> None:
@@ -43,6 +47,29 @@ def force(files: Iterable[str], root: Path) -> None:
 def force_tree(directory: Path) -> None:
     """Force all that is in a directory to the device."""
     force([str(file) for file in directory.rglob("*") if file.is_file()], directory)
+
+
+@contextmanager
+def replacement(store: Path, *, durable: bool) -> Iterator[Path]:
+    """Where to make a store that takes the place of the one that is there; at any moment one of them is whole."""
+    beside, old = store.with_name(f"{store.name}.new.partial"), aside(store)
+    for left in (beside, old):
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        yield beside
+        if durable:
+            force_tree(beside)
+        if store.exists():
+            store.rename(old)
+        beside.rename(store)
+    except BaseException:
+        if old.exists() and not store.exists():
+            old.rename(store)
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    if durable:
+        force([], store.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _force(path: str) -> None:

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from explaind.commit import COMMIT_FILE, Commit, is_published, thinned
 from explaind.errors import RecordingError
 from explaind.metadata import read_attributes
-from explaind.paths import aside, check_free
+from explaind.paths import check_free
+from explaind.recording.begun import Begun
 from explaind.recording.chunks import GrowingArray, describe, rows_of_a_chunk
-from explaind.recording.files import force, force_tree, put
+from explaind.recording.files import force, put, replacement
 from explaind.recording.lock import WriterLock
 from explaind.store import FORMAT_VERSION
 
@@ -65,22 +66,27 @@ class StoreWriter:
         attributes: JSON-able description of the run, kept in the root group.
         overwrite: replace a run that is already there (only ever a run: other directories are refused).
         durable: force every block to the device before it is published.
+        lock: the lock on the store, if the caller has it already.
+        begun: go on with the store that is there.
 
     Raises:
         StoreExistsError: something is at `path`, and it may not be replaced.
         StoreInUseError: another writer is at work there.
     """
 
-    def __init__(self, path: Path, *, attributes: Mapping[str, Any], overwrite: bool, durable: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        attributes: Mapping[str, Any],
+        overwrite: bool,
+        durable: bool = False,
+        lock: WriterLock | None = None,
+        begun: Begun | None = None,
+    ) -> None:
         self.path = path.resolve()  # the loop may change its directory
         self._durable = durable
-        self._lock = WriterLock(self.path)
-        try:
-            check_free(self.path, overwrite=overwrite)  # another one may have written since it was last looked at
-            self._create({"explaind_format": FORMAT_VERSION, **attributes})
-        except BaseException:
-            self._lock.release()
-            raise
+        self._lock = lock or WriterLock(self.path)
         self._commit_seconds, self._committed = 0.0, time.monotonic()
         self._num_commits, self._earlier = 0, dict[int, Commit]()
         self._arrays: dict[str, GrowingArray] = {}
@@ -90,13 +96,31 @@ class StoreWriter:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="explaind-writer")
         self._written: Future[None] = Future()
         self._written.set_result(None)
+        try:
+            if begun is None:
+                check_free(self.path, overwrite=overwrite)  # another one may have written since it was last looked at
+                self._create({"explaind_format": FORMAT_VERSION, **attributes})
+            else:
+                self._go_on(begun, attributes)
+        except BaseException:
+            self._lock.release()
+            raise
 
     # ------------------------------------------------------------------ in the thread of the loop
 
     @property
     def wants_flush(self) -> bool:
         """Whether enough rows have gathered to be worth writing."""
-        return self._blocks[-1].num_bytes >= _BLOCK_BYTES
+        return self.num_bytes >= _BLOCK_BYTES
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the rows that have gathered."""
+        return self._blocks[-1].num_bytes
+
+    def will_want_flush(self, num_bytes: int) -> bool:
+        """Whether enough rows will have gathered after so many bytes more."""
+        return self.num_bytes + num_bytes >= _BLOCK_BYTES
 
     @property
     def is_writing(self) -> bool:
@@ -177,6 +201,7 @@ class StoreWriter:
             if name not in self._arrays:
                 share = min(1.0, block.num_bytes / _BLOCK_BYTES)
                 chunk_rows = rows_of_a_chunk(parts[0], round(sum(map(len, parts)) / max(share, 1e-3)))
+                shutil.rmtree(self.path / name, ignore_errors=True)  # a writer that was killed may have begun it
                 self._arrays[name] = GrowingArray(
                     self.path, name, self._dims[name], parts[0], chunk_rows, durable=self._durable
                 )
@@ -217,36 +242,23 @@ class StoreWriter:
         if self._durable:
             force([], store)
 
+    def _go_on(self, begun: Begun, attributes: Mapping[str, Any]) -> None:
+        """Take over a store; if what is published is damaged while its end is replaced, all before that counts."""
+        self._arrays, self._dims = dict(begun.arrays), dict(begun.dims)
+        for commit in (*begun.published.earlier, self._state_of(self._arrays)):
+            self._earlier = thinned(self._earlier | {self._num_commits: commit})
+            self._num_commits += 1
+        self._put_commit(self.path, replace(begun.published, complete=False, earlier=tuple(self._earlier.values())))
+        self.set_attributes(**attributes)
+
     # ------------------------------------------------------------------ stores that take another's place
 
     def _create(self, attributes: Mapping[str, Any]) -> None:
         """Make an empty store, beside one that it replaces."""
-        with self._beside() as beside:
+        with replacement(self.path, durable=self._durable) as beside:
             beside.mkdir()
             describe(beside, attributes)
             self._put_commit(beside, Commit(lengths={}, arrays={}, complete=False))
-
-    @contextmanager
-    def _beside(self) -> Iterator[Path]:
-        """Where to make a store that takes the place of the one that is there; at any moment one of them is whole."""
-        beside, old = self.path.with_name(f"{self.path.name}.new.partial"), aside(self.path)
-        for left in (beside, old):
-            shutil.rmtree(left, ignore_errors=True)
-        try:
-            yield beside
-            if self._durable:
-                force_tree(beside)
-            if self.path.exists():
-                self.path.rename(old)
-            beside.rename(self.path)
-        except BaseException:
-            if old.exists() and not self.path.exists():
-                old.rename(self.path)
-            shutil.rmtree(beside, ignore_errors=True)
-            raise
-        if self._durable:
-            force([], self.path.parent)
-        shutil.rmtree(old, ignore_errors=True)
 
     @contextmanager
     def _explained(self, num_bytes: int) -> Iterator[None]:
@@ -295,7 +307,7 @@ class StoreWriter:
         """
         with self._explained(0):
             self._commit(complete=False)
-            with self._beside() as beside:
+            with replacement(self.path, durable=self._durable) as beside:
                 changed = self._copy(beside, changes, attributes)
         self._arrays |= changed
         self._earlier = {}
