@@ -7,10 +7,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
-from explaind.recording.generators import random_state
-
 __all__ = ["Boundaries"]
 
 _SHARE = 0.02
@@ -25,43 +21,48 @@ class Boundaries:
     they draw between is mostly the next batch.
 
     Args:
-        device: where the model is.
+        random_state: returns the states of all random number generators.
         is_asked_for: tells whether a point is needed now, whatever it takes.
         take: takes a point down, with these random states.
     """
 
     def __init__(
-        self, device: torch.device, *, is_asked_for: Callable[[], bool], take: Callable[[dict[str, Any]], None]
+        self,
+        random_state: Callable[[], dict[str, Any]],
+        *,
+        is_asked_for: Callable[[], bool],
+        take: Callable[[dict[str, Any]], None],
     ) -> None:
-        self._device, self._is_asked_for, self._take = device, is_asked_for, take
+        self._random_state, self._is_asked_for, self._take = random_state, is_asked_for, take
         self._is_clean = True
-        self._random: dict[str, Any] | None = random_state(device)
+        self._random: dict[str, Any] | None = None
+        self._is_first = True
         self._seconds, self._ready = math.inf, -math.inf
 
     def end_step(self, *, within_batches: bool) -> None:
         """A step is finished."""
         self._is_clean = True
-        self._random = None if within_batches or not self._is_due else random_state(self._device)
+        self._random = None if within_batches or not self._is_due else self._random_state()
 
     def request_batch(self) -> None:
         """The loop asks for a batch."""
         if self._is_clean and self._is_due:
-            self._note(random_state(self._device))
+            self._note(self._random_state())
 
     def begin_step(self) -> None:
         """Something of the next step begins."""
-        if self._is_clean and self._random is not None:
-            self._note(self._random)
+        if self._is_clean and (self._random is not None or self._is_first):
+            self._note(self._random or self._random_state())
         self.get_batch()
 
     def get_batch(self) -> None:
         """A batch is there, or a forward pass begins: something of a step is in progress."""
-        self._is_clean, self._random = False, None
+        self._is_clean, self._is_first, self._random = False, False, None
 
     def leave(self) -> None:
         """The loop has come to its end."""
         if self._is_clean:
-            self._note(self._random or random_state(self._device))
+            self._note(self._random or self._random_state())
 
     @property
     def is_clean(self) -> bool:

@@ -34,12 +34,24 @@ class Companions:
         self._objects.append(companion)
 
     def states(self) -> list[list[Any]]:
-        """Class name and state of each."""
+        """Class name and state of each; None for generators."""
         named = [(type(companion).__name__, companion) for companion in self._objects]
-        return [[name, copied(_state(companion), f"the state of {name}")] for name, companion in named]
+        return [
+            [
+                name,
+                None if isinstance(companion, torch.Generator) else copied(_state(companion), f"the state of {name}"),
+            ]
+            for name, companion in named
+        ]
 
-    def load(self, states: list[list[Any]]) -> None:
-        """Bring them all to what `states` gave, also those that are added later."""
+    def generator_states(self) -> list[torch.Tensor]:
+        """States of the generators among them."""
+        return [companion.get_state() for companion in self._objects if isinstance(companion, torch.Generator)]
+
+    def load(self, states: list[list[Any]], generator_states: list[torch.Tensor]) -> None:
+        """Bring them all to what `states` and `generator_states` gave, also those that are added later."""
+        of_generators = iter(generator_states)
+        states = [[name, next(of_generators) if state is None else state] for name, state in states]
         self._earlier = states
         for place, companion in enumerate(self._objects):
             self._check(place, companion, states)

@@ -42,7 +42,9 @@ class Continuation:
     ) -> None:
         self._state, self._rows, self._keeps_gradients = state, rows, keeps_gradients
         self._resumption, self._num_batches, self._first = resumption, 0, rows.num_steps
-        self._boundaries = Boundaries(state.device, is_asked_for=lambda: rows.pace.wants_point, take=self._take_point)
+        self._boundaries = Boundaries(
+            state.random_state, is_asked_for=lambda: rows.pace.wants_point, take=self._take_point
+        )
         self._iterations = names.iterations = Iterations(
             state.device, at_request=self._boundaries.request_batch, handed_out=self._get_batch
         )

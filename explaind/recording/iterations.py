@@ -22,6 +22,9 @@ from explaind.recording.same_data import check_again, check_batch, check_exhaust
 
 __all__ = ["Iterations", "Place"]
 
+_LAST_ITERATIONS = 4
+"""Of so many the loaders' generators are known: a loop may take turns with loaders."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
@@ -33,8 +36,8 @@ class Place:
     """How many batches of it were used."""
     start: dict[str, Any] | None = None
     """Random states when it began; None if it has not."""
-    generators: list[torch.Tensor] = field(default_factory=list)
-    """States of the loader's own generators now."""
+    generators: list[list[Any]] = field(default_factory=list)
+    """States of the loaders' own generators now, `[iteration, [state, …]]` of the last few."""
 
     def plain(self) -> dict[str, Any]:
         """The same as plain data and tensors."""
@@ -69,7 +72,7 @@ class Iterations:
         self._begun = 0
         self._used = 0
         self._start: dict[str, Any] | None = None
-        self._generators: list[torch.Generator] = []
+        self._generators: dict[int, list[torch.Generator]] = {}
         self._is_left, self._leaves_early = False, False
         self._goal: _Goal | None = None
 
@@ -78,9 +81,10 @@ class Iterations:
         """Where the loop is."""
         # Who leaves a loader early may go on with it, but not if that is how all of its iterations end.
         if self.in_progress or (self._is_left and not self._leaves_early):
-            states = states_of(self._generators)
-            return Place(iteration=self._begun - 1, used=self._used, start=self._start, generators=states)
-        return Place(iteration=self._begun)
+            return Place(
+                iteration=self._begun - 1, used=self._used, start=self._start, generators=self._generator_states()
+            )
+        return Place(iteration=self._begun, generators=self._generator_states())
 
     @property
     def is_waiting(self) -> bool:
@@ -111,20 +115,22 @@ class Iterations:
             indexed: what `with_indices` made of it.
         """
         number, goal = self._begun, self._goal
+        own = self._generators[number] = generators_of(loader)
+        self._generators.pop(number - _LAST_ITERATIONS, None)
         if goal is not None and number < goal.place["iteration"]:
             self._begun += 1
             return
         self._leaves_early |= self._is_left
-        self._used, self._generators, self._is_left = 0, generators_of(loader), False
+        self._used, self._is_left = 0, False
         if goal is not None and goal.place["used"]:
-            batches = self._skip(loader, indexed, goal)
+            batches = self._skip(loader, indexed, own, goal)
         else:
             if goal is None:
                 self._at_request()
             else:
                 check_again(loader, goal.batches)
-                goal.go_on()
-            self._start = {"random": random_state(self._device), "generators": states_of(self._generators)}
+                self._arrive(goal)
+            self._start = {"random": random_state(self._device), "generators": states_of(own)}
             batches = iter(indexed)
         self._begun += 1
         self._goal, self.in_progress = None, True
@@ -139,11 +145,29 @@ class Iterations:
         finally:
             self.in_progress = False
 
-    def _skip(self, loader: DataLoader[Any], indexed: DataLoader[Any], goal: _Goal) -> Iterator[tuple[list[int], Any]]:
+    def _generator_states(self) -> list[list[Any]]:
+        """States of the generators of the last loaders, of each generator once."""
+        states, known = list[list[Any]](), set[int]()
+        for iteration, generators in reversed(self._generators.items()):
+            if not known.issuperset(map(id, generators)):
+                states.append([iteration, states_of(generators)])
+                known.update(map(id, generators))
+        return states
+
+    def _arrive(self, goal: _Goal) -> None:
+        """Bring all to where the loop goes on."""
+        for iteration, states in reversed(goal.place["generators"]):
+            if len(generators := self._generators.get(iteration, [])) == len(states):
+                put_states(generators, states)
+        goal.go_on()
+
+    def _skip(
+        self, loader: DataLoader[Any], indexed: DataLoader[Any], generators: list[torch.Generator], goal: _Goal
+    ) -> Iterator[tuple[list[int], Any]]:
         """Begin an iteration as it was begun, and leave out what was used of it."""
         start = goal.place["start"]
         put_random_state(start["random"], self._device)
-        put_states(self._generators, start["generators"])
+        put_states(generators, start["generators"])
         self._start = {"random": random_state(self._device), "generators": start["generators"]}
         batches = iter(indexed)
         for number, recorded in enumerate(goal.batches):
@@ -153,6 +177,5 @@ class Iterations:
             else:
                 check_batch(loader, recorded, *found)
             self._used += 1
-        goal.go_on()
-        put_states(self._generators, goal.place["generators"])
+        self._arrive(goal)
         return batches

@@ -325,7 +325,8 @@ class TracedLoop:
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if skipped_by_scaler(optimizer):
             return
-        if not all_finite(self._flat(self._tracked, self._looks)):
+        self._end_params = self._flat(self._tracked, self._looks)
+        if not all_finite(self._end_params):
             name = first_nonfinite(self._tracked)
             raise NonFiniteError(
                 f"step {self.rows.num_steps} made entries of the parameter '{name}' NaN or infinite. The steps before "
@@ -337,7 +338,7 @@ class TracedLoop:
             self._end_step()
 
     def _end_step(self) -> None:
-        self.rows.finish(loss=self._step_loss)
+        self.rows.finish(loss=self._step_loss, params=self._end_params)
         self._stepped.clear()
         self._names.end_step()
         self.continuation.end_step()

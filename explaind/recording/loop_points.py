@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from explaind.recording.host import same_bits
 from explaind.recording.plain import pack, unpack
 from explaind.recording.writer import Later, Rows
 from explaind.store import StoreReader, decoding
@@ -34,6 +33,8 @@ class LoopPoint:
     """Gives all that is in it, as plain data and tensors that nobody changes any more."""
     params: NDArray[Any] | None
     """The parameters `[element]`; None if they are those that the next step begins with."""
+    is_sure: bool
+    """Whether `params` are known to be those of the point; if not, they are those at the end of the step before."""
 
 
 class PointRows:
@@ -41,6 +42,8 @@ class PointRows:
 
     def __init__(self) -> None:
         self._points: list[LoopPoint] = []
+        self.wants_params = False
+        """Whether the loop changes parameters between steps, so that points need their own copy."""
         self._written: LoopPoint | None = None
 
     def hold(self, point: LoopPoint) -> None:
@@ -54,22 +57,31 @@ class PointRows:
     def begin(self, step: int, params: NDArray[Any]) -> None:
         """A step begins with these parameters `[element]`, of which the point before it need not say anything then."""
         for point in self._points:
-            if point.step == step and point.params is not None and same_bits(point.params, params):
-                point.params = None
+            if point.step == step and point.params is not None:
+                if _same_bits(point.params, params):
+                    point.params, point.is_sure = None, True
+                elif not point.is_sure:  # They were changed before the point or after it.
+                    self.wants_params = True
+        self._points = [point for point in self._points if point.is_sure or point.step != step]
 
     def release(self) -> None:
         """The parameters are others than those of the points that are kept."""
         for point in self._points:
-            point.params = None
+            point.params, point.is_sure = None, True
 
     def rows(self, step: int) -> list[Later]:
         """Rows of the last point that is not behind a step, if they are not written yet."""
-        point = next((point for point in reversed(self._points) if point.step <= step), None)
+        known = [point for point in self._points if point.step <= step and point.is_sure]
+        point = known[-1] if known else None
         if point is None or point is self._written:
             return []
         self._written = point
         num_bytes = _ROW_BYTES if point.params is None else _ROW_BYTES + point.params.nbytes
         return [Later(lambda: _rows(point), num_bytes)]
+
+
+def _same_bits(one: NDArray[Any], other: NDArray[Any]) -> bool:
+    return np.array_equal(one.view(f"i{one.itemsize}"), other.view(f"i{other.itemsize}"))
 
 
 def _rows(point: LoopPoint) -> list[Rows]:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from explaind.recording.companions import Companions
 from explaind.recording.fixed import fixed_tensors
-from explaind.recording.generators import plain_random_state, put_random_state
+from explaind.recording.generators import plain_random_state, put_random_state, random_state
 from explaind.recording.iterations import Place
 from explaind.recording.optimizers import Optimizers
 from explaind.recording.plain import copied
@@ -58,11 +58,15 @@ class LoopState:
         """All parameters of the model, by name."""
         return dict(self._model.named_parameters())
 
+    def random_state(self) -> dict[str, Any]:
+        """States of all generators that are known but for those of data loaders."""
+        return random_state(self.device) | {"own": self.companions.generator_states()}
+
     def take(self, random: dict[str, Any], place: Place) -> Callable[[], dict[str, Any]]:
         """Take it down.
 
         Args:
-            random: what `random_state` gave.
+            random: what `random_state` gave when the step before had ended.
             place: where the loop is in its data loaders.
 
         Returns:
@@ -98,7 +102,7 @@ class LoopState:
         names = {id(parameter): name for name, parameter in parameters.items()}
         for optimizer in self._optimizers:
             _put_state(optimizer, names, moment)
-        self.companions.load(content["companions"])
+        self.companions.load(content["companions"], content["random"]["own"])
         put_random_state(content["random"], self.device)
 
 

@@ -85,6 +85,7 @@ class StepRows:
         self.points = PointRows()
         """Where the loop can go on, if it is resumed."""
         self._memory = CopyMemory()
+        self._end_params: Tensor | None = None
         self.attributes = self._layout(table, self._groups, self._fixed.layout) | {
             "modules": module_types(model),
             "model": type(model).__name__,
@@ -187,9 +188,13 @@ class StepRows:
             "fixed": None if fixed is None else torch.from_numpy(fixed),
             "named": self._names.are_given,
         }
-        memory = self._memory.empty((self._table.num_elements,), self._table.dtype)
-        params = self._table.flatten(self._tracked, out=memory).numpy()
-        self.points.hold(LoopPoint(step=self.num_steps, content=lambda: own | content(), params=params))
+        params, is_sure = self._end_params, False
+        if params is None or self.points.wants_params:
+            out = self._memory.empty((self._table.num_elements,), self._table.dtype)
+            params, is_sure = self._table.flatten(self._tracked, out=out), True
+        self.points.hold(
+            LoopPoint(step=self.num_steps, content=lambda: own | content(), params=params.numpy(), is_sure=is_sure)
+        )
 
     def add_batch(self, batch: RecordedBatch) -> None:
         """Take down what a data loader gave."""
@@ -218,7 +223,7 @@ class StepRows:
         self._fixed.release(tracked, widening.without_new)
         self._state.widen(tracked, table)
         self._moments.widen(table, groups, self._update_replay())
-        self._next_state, self._update = self._state.take(), None
+        self._next_state, self._update, self._end_params = self._state.take(), None, None
         self.points.release()
 
     def _update_replay(self) -> UpdateReplay | None:
@@ -274,8 +279,14 @@ class StepRows:
         self._rescaling |= rescaling
         self._updated |= {name for name, gradient in gradients.items() if gradient is not None}
 
-    def finish(self, *, loss: float) -> None:
-        """The optimizers have made the step: it counts, and their new state is written."""
+    def finish(self, *, loss: float, params: Tensor) -> None:
+        """The optimizers have made the step: it counts, and their new state is written.
+
+        Args:
+            loss: what was logged.
+            params: the parameters at the end of the step, `[element]`.
+        """
+        self._end_params = params
         assert self._gradient is not None
         scale, limit = self._scale_and_limit(self._rescaling)
         gradient, updated = self._gradient.numpy(), self._has_gradient((self._table.names, self._updated))
@@ -305,6 +316,7 @@ class StepRows:
         # A step that was not finished is no step: the parameters before it are written already.
         if not self.unfinished and all_finite(params := self._table.flatten(self._tracked)):
             self._add_moment(params, None)
+            self.points.begin(self.num_steps, params.numpy())
         self._writer.add(*self.points.rows(self.num_steps))
         self._writer.close()
 
