@@ -12,6 +12,7 @@ __all__ = [
     "RecordingError",
     "ReplayWarning",
     "ResultTooLargeError",
+    "ResumeError",
     "StoreExistsError",
     "StoreFormatError",
     "StoreInUseError",
@@ -40,6 +41,10 @@ class StoreExistsError(ExplaindError, FileExistsError):
 
 class StoreInUseError(ExplaindError, BlockingIOError):
     """A recording was asked to write where another one is writing."""
+
+
+class ResumeError(ExplaindError, ValueError):
+    """A run cannot be continued with the optimizer, the data or the options that were given."""
 
 
 class StoreFormatError(ExplaindError, ValueError):

@@ -45,16 +45,17 @@ def data():
     return TensorDataset(tokens, tokens.sum(dim=1) % 7)
 
 
-def train(path, *, block_bytes, durable, overwrite, finished):
+def train(path, *, block_bytes, durable, overwrite, resume, finished):
     """Train and record; writes a byte to a file after each step."""
-    writer._BLOCK_BYTES = block_bytes
+    writer._BLOCK_BYTES, writer._CHEAP_SECONDS = block_bytes, 10.0  # blocks are published at once on a slow device too
     chunks._LARGEST_BYTES, chunks._LEAST_BYTES = 20_000, 2_000
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     scheduler = StepLR(optimizer, step_size=5, gamma=0.9)
     loader = DataLoader(data(), batch_size=12, shuffle=True, generator=torch.Generator().manual_seed(1))
     progress = os.open(finished, os.O_WRONLY | os.O_CREAT)
-    with explaind.trace(model, optimizer, path, durable=durable, overwrite=overwrite) as recorder:
+    with explaind.trace(model, optimizer, path, durable=durable, overwrite=overwrite, resume=resume) as recorder:
+        recorder.keep(scheduler)
         while recorder.num_steps < NUM_STEPS:
             for tokens, sums in recorder.batches(loader):
                 optimizer.zero_grad()

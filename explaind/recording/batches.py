@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-__all__ = ["with_indices"]
+__all__ = ["only_indices", "with_indices"]
 
 
 class _IndexedDataset(Dataset[Any]):
@@ -66,21 +67,39 @@ def with_indices(loader: DataLoader[Any]) -> DataLoader[Any]:
             "recorder.batches needs a map-style data set: an IterableDataset has no indices. Iterate over the loader "
             "itself; call recorder.examples(ids) if its items carry ids, else they are told apart by content."
         )
-    arguments: dict[str, Any] = {
+    arguments = _settings(loader) | {"generator": loader.generator, "persistent_workers": loader.persistent_workers}
+    if loader.batch_sampler is not None:
+        arguments["batch_sampler"] = loader.batch_sampler
+    else:
+        arguments |= {"batch_size": None, "sampler": loader.sampler}
+    return _indexed(loader, arguments)
+
+
+def only_indices(loader: DataLoader[Any], indices: list[int], generator: torch.Generator) -> DataLoader[Any]:
+    """A loader with the same data set and workers that yields `(indices, batch)` once, for some indices."""
+    arguments = _settings(loader) | {"generator": generator}
+    if loader.batch_sampler is not None:
+        arguments["batch_sampler"] = [indices]
+    else:  # without batches, an item is fetched by one index, unless the sampler batches them
+        arguments |= {"batch_size": None, "sampler": indices if len(indices) == 1 else [indices]}
+    return _indexed(loader, arguments)
+
+
+def _settings(loader: DataLoader[Any]) -> dict[str, Any]:
+    """How a loader fetches batches."""
+    settings: dict[str, Any] = {
         "num_workers": loader.num_workers,
         "pin_memory": loader.pin_memory,
         "timeout": loader.timeout,
         "worker_init_fn": loader.worker_init_fn,
         "multiprocessing_context": loader.multiprocessing_context,
-        "generator": loader.generator,
         "prefetch_factor": loader.prefetch_factor,
-        "persistent_workers": loader.persistent_workers,
     }
     if hasattr(loader, "in_order"):  # since torch 2.6
-        arguments["in_order"] = loader.in_order
-    if loader.batch_sampler is not None:
-        arguments["batch_sampler"] = loader.batch_sampler
-    else:
-        arguments |= {"batch_size": None, "sampler": loader.sampler}
+        settings["in_order"] = loader.in_order
+    return settings
+
+
+def _indexed(loader: DataLoader[Any], arguments: dict[str, Any]) -> DataLoader[Any]:
     collate: Callable[[Any], Any] = _IndexedCollate(loader.collate_fn)
     return DataLoader(_IndexedDataset(loader.dataset), collate_fn=collate, **arguments)

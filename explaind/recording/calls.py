@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from explaind.calls import CallKind
 from explaind.errors import RecordingError
+from explaind.parameters import named_dtype
 from explaind.recording.examples import InputTable
 from explaind.recording.forwards import ForwardCall
 from explaind.recording.host import to_numpy
@@ -20,7 +22,23 @@ from explaind.recording.references import References, digest_array, row_digests
 from explaind.recording.repeated import Repeated, among
 from explaind.recording.writer import Later, Rows
 
-__all__ = ["CallRows", "input_array", "output_grad_array"]
+__all__ = ["CallRows", "EarlierCalls", "input_array", "output_grad_array"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlierCalls:
+    """What is known of calls that were written before."""
+
+    layouts: list[dict[str, str]]
+    """Types of the inputs of each layout."""
+    inputs: list[dict[str, NDArray[Any]]]
+    """Distinct inputs of each layout, in their order."""
+    contents: list[list[int]]
+    """Number of each among all inputs, in the order of first use."""
+    kinds: list[dict[str, Any]]
+    """The kinds, as they are described."""
+    output_shapes: list[list[tuple[int, ...]]]
+    """Shapes of a row of the outputs of each."""
 
 
 class CallRows:
@@ -52,6 +70,16 @@ class CallRows:
         self._last: tuple[CallKind, int, list[Any], int] | None = None
         self._reached = Repeated(among)
         self._descriptions: list[dict[str, Any]] = []
+
+    def go_on(self, calls: EarlierCalls) -> None:
+        """Go on after the calls that were written before."""
+        for inputs, contents in zip(calls.inputs, calls.contents, strict=True):
+            self._inputs.go_on(inputs, contents)
+        self._layouts, self._descriptions = calls.layouts, calls.kinds
+        for number, (description, shapes) in enumerate(zip(calls.kinds, calls.output_shapes, strict=True)):
+            kind = CallKind.from_json(description)
+            types = [named_dtype(name) for name in description["output_types"]]
+            self._kinds[kind.key, description["inputs"], tuple(zip(shapes, types, strict=True))] = number
 
     def hold(self, call: ForwardCall, step: int, parameters: Sequence[str]) -> None:
         """Write down a call that a step's gradient came through.
@@ -113,7 +141,8 @@ class CallRows:
             key = (kind.key, layout, tuple(shapes))
             if key not in self._kinds:
                 self._kinds[key] = len(self._kinds)
-                self._descriptions.append(dataclasses.asdict(kind) | {"inputs": layout})
+                types = [str(dtype).removeprefix("torch.") for _, dtype in shapes]
+                self._descriptions.append(dataclasses.asdict(kind) | {"inputs": layout, "output_types": types})
                 shapes_of = {} if self._references is None else {"input_shapes": self._shapes}
                 self._describe(call_kinds=self._descriptions, input_layouts=self._layouts, **shapes_of)
             self._last = (kind, layout, shapes, self._kinds[key])

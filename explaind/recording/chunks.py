@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Self
 
 import google_crc32c
 import numpy as np
@@ -19,6 +20,7 @@ from numcodecs.blosc import Blosc
 from numpy.typing import NDArray
 
 from explaind.checksums import sealed_metadata
+from explaind.metadata import ArrayMetadata
 from explaind.places import Place
 from explaind.recording.files import LOCAL, Files
 
@@ -87,6 +89,50 @@ class GrowingArray:
         durable: bool = False,
         files: Files = LOCAL,
     ) -> None:
+        self._begin(name, like, chunk_rows, durable=durable, files=files)
+        self._metadata = _metadata(like, dims, chunk_rows)
+        if isinstance(path, Path):
+            (path / name / "c").mkdir(parents=True)
+        for parent in PurePosixPath(name).parents[:-1]:
+            files.put(f"{path}/{parent}/zarr.json", json.dumps(_group({})).encode(), force=durable)
+        self.attach(path)
+        self._resize(0)
+
+    @classmethod
+    def continued(
+        cls, path: Path, name: str, metadata: ArrayMetadata, length: int, last: NDArray[Any], *, durable: bool
+    ) -> Self:
+        """An array that was written before, to go on with after some of its rows.
+
+        Args:
+            path: directory of the store.
+            name: name of the array.
+            metadata: what is known of it.
+            length: how many rows stay; those behind are replaced.
+            last: those of them that are in the last chunk.
+            durable: whether no file may be replaced by one that has not reached the device.
+
+        Raises:
+            ValueError: its chunks are not laid out as they would be here.
+        """
+        array = cls.__new__(cls)
+        array._begin(name, last, metadata.chunk_rows, durable=durable, files=LOCAL)
+        array._metadata = _metadata(last, metadata.dims, metadata.chunk_rows)
+        changing = ("shape", "attributes")
+        if any(metadata.content.get(key) != array._metadata[key] for key in array._metadata.keys() - set(changing)):
+            raise ValueError(f"the chunks of '{name}' are not laid out as this version of explaind does it")
+        array.attach(path)
+        array.length = array._settled = length
+        array.tail = google_crc32c.value(np.ascontiguousarray(last))
+        array._room = metadata.shape[0]
+        array._replaces = True
+        if filled := length % metadata.chunk_rows:
+            array._filling = np.empty((metadata.chunk_rows, *last.shape[1:]), last.dtype)
+            array._filling[:filled] = last
+            array._begun = length // metadata.chunk_rows
+        return array
+
+    def _begin(self, name: str, like: NDArray[Any], chunk_rows: int, *, durable: bool, files: Files) -> None:
         self._name, self._durable, self._to = name, durable, files
         self.chunk_rows = chunk_rows
         """Number of rows in a chunk."""
@@ -95,6 +141,7 @@ class GrowingArray:
         self._filling: NDArray[Any] | None = None
         self._turned: NDArray[Any] | None = None
         self._begun = -1
+        self._replaces = False
         self.length = 0
         """Number of rows that are written."""
         self._settled = 0
@@ -103,13 +150,6 @@ class GrowingArray:
         """CRC-32C of the rows in the last chunk, as far as they are settled."""
         self._room = 0
         self._files: dict[str, None] = {}
-        self._metadata = _metadata(like, dims, chunk_rows)
-        if isinstance(path, Path):
-            (path / name / "c").mkdir(parents=True)
-        for parent in PurePosixPath(name).parents[:-1]:
-            files.put(f"{path}/{parent}/zarr.json", json.dumps(_group({})).encode(), force=durable)
-        self.attach(path)
-        self._resize(0)
 
     def attach(self, path: Place) -> None:
         """Go on in the store of this directory, which has the same rows."""
@@ -168,9 +208,13 @@ class GrowingArray:
         return np.asarray(zarr.open_array(str(self._store), path=self._name, mode="r")[start:stop])
 
     def trim(self) -> None:
-        """Give up the room behind the last row."""
+        """Give up the room behind the last row, and the chunks that another writer may have left there."""
         if self._room != self.length:
             self._resize(self.length)
+        index = -(-self.length // self.chunk_rows)
+        while (left := Path(f"{self._directory}/c/{index}")).exists():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+            index += 1
 
     def _resize(self, length: int) -> None:
         self._room = length
@@ -194,7 +238,8 @@ class GrowingArray:
                 self._to.make_directory(file)  # without its parents: a store that was deleted must not come back
             file += "/0"
         self._begun = index
-        self._to.put(file, data, google_crc32c.value(data).to_bytes(4, "little"), force=self._durable and begun)
+        checked = google_crc32c.value(data).to_bytes(4, "little")
+        self._to.put(file, data, checked, force=self._durable and (begun or self._replaces))
         self._files[file] = None
 
 

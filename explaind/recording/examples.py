@@ -32,6 +32,14 @@ class InputTable:
         shapes = tuple(sorted((name, rows.shape[1:], rows.dtype.str) for name, rows in inputs.items()))
         return self._layouts.setdefault(shapes, len(self._layouts))
 
+    def go_on(self, inputs: Mapping[str, NDArray[Any]], contents: list[int]) -> None:
+        """Know the inputs `{name: [row, …]}` of the next layout, in their order; each has a number among all inputs."""
+        layout = self.layout(inputs)
+        assert layout == len(self._known)
+        self._known.append({key: place for place, key in enumerate(_row_keys(inputs))})
+        self._contents.append(contents)
+        self._num_inputs += len(contents)
+
     def add(
         self, inputs: Mapping[str, NDArray[Any]], layout: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:

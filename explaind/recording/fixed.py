@@ -57,6 +57,17 @@ class FixedTensors:
         self._recent[self._version] = now
         return self._version, now[None]
 
+    def look(self) -> tuple[int, NDArray[np.uint8] | None]:
+        """Number of the last version, and the bytes `[byte]` of what is there now if it is not that."""
+        if not self.layout:
+            return 0, None
+        now = encode_fixed(fixed_tensors(self._model, self._tracked))
+        return self._version, None if self._last is not None and np.array_equal(now, self._last) else now
+
+    def go_on(self, version: int, raw: NDArray[np.uint8]) -> None:
+        """Number what comes after a version with these bytes `[byte]`."""
+        self._version, self._last, self._recent = version, raw, {version: raw}
+
     def recent(self, version: int) -> dict[str, Tensor]:
         """The tensors of the last version, or of one since `forget`."""
         return decode_fixed(self.layout, self._recent[version]) if self.layout else {}

@@ -34,6 +34,11 @@ class GroupHistory:
         self._last_settings: list[dict[str, Any]] = []
         self._last_values: NDArray[np.float64] = np.empty(0)
 
+    def go_on(self, constants: list[dict[str, Any]], keys: list[str], types: list[dict[str, str]]) -> None:
+        """Go on with a history that has begun with these constants, keys and types."""
+        self.constants, self.keys, self.types = constants, keys, types
+        self._widths = _widths(constants, keys)
+
     def widened(self, places: Sequence[int]) -> GroupHistory:
         """The history with groups that were added since; `places` is where each of the earlier ones is now."""
         wide = GroupHistory(self._optimizers)

@@ -40,7 +40,7 @@ def lock_of(store: Place) -> Lock:
     Raises:
         StoreInUseError: another recorder writes it.
     """
-    return WriterLock(store) if isinstance(store, Path) else _NoLock()
+    return WriterLock(store.resolve()) if isinstance(store, Path) else _NoLock()
 
 
 class WriterLock:

@@ -23,14 +23,20 @@ from explaind.recording.checks import (
     check_sparse,
     check_unchanged,
 )
+from explaind.recording.companions import Companions
+from explaind.recording.continuation import Continuation
 from explaind.recording.forwards import ForwardCall
 from explaind.recording.gradients import Arrivals, all_finite, first_nonfinite, skipped_by_scaler, unscaled
+from explaind.recording.lock import lock_of
+from explaind.recording.loop_state import LoopState
 from explaind.recording.memory import CopyMemory
 from explaind.recording.naming import ExampleNames
 from explaind.recording.optimizers import Optimizers
 from explaind.recording.ownership import GroupMembers, owning_groups, tracked_parameters
 from explaind.recording.passes import BackwardPasses
 from explaind.recording.replays import StepReplays
+from explaind.recording.resumption import Resumption, find_resumption
+from explaind.recording.same_run import check_same_run
 from explaind.recording.steps import StepRows
 from explaind.rescaling import Rescaling
 
@@ -95,6 +101,7 @@ class TracedLoop:
             model, self._tracked, self._table, objective=objective, fixed_tensors=self.rows.fixed_tensors
         )
         self._snapshot_every, self._keeps_gradients = snapshot_every, False
+        self._first = 0
         self._stepping = False
         self._stepped: set[Optimizer] = set()
         self._watched: set[str] = set()
@@ -106,9 +113,24 @@ class TracedLoop:
         """Whether the hooks are on."""
         return bool(self._hooks)
 
-    def join(self, *, overwrite: bool, durable: bool) -> None:
-        """Make the store, and put the hooks on."""
-        self.rows.open(overwrite=overwrite, durable=durable)
+    def join(self, *, overwrite: bool, durable: bool, resume: bool) -> None:
+        """Make the store, or go on with the one that is there, and put the hooks on."""
+        resumption, lock = None, lock_of(self._path)
+        try:
+            if resume and (resumption := find_resumption(self._path, self._model, self._objective)) is not None:
+                self._go_on_with(resumption)
+            self.rows.open(overwrite=overwrite or resume, durable=durable, resumption=resumption, lock=lock)
+            self.continuation = Continuation(
+                LoopState(self._model, self._optimizers, Companions()),
+                self.rows,
+                self._names,
+                resumption,
+                keeps_gradients=lambda: self._keeps_gradients,
+            )
+            """Where the loop can go on if it is interrupted, and where it does."""
+        except BaseException:
+            lock.release()
+            raise
         self._capture = CallCapture(
             self._model,
             self._called,
@@ -125,8 +147,25 @@ class TracedLoop:
         ]
         self._watch_gradients()
 
-    def leave(self) -> None:
-        """Take the hooks off, and write what is left."""
+    def _go_on_with(self, resumption: Resumption) -> None:
+        """Compare a run with what is to be recorded now, and take over its order of parameters and groups."""
+        recorded, table = resumption.attributes, resumption.table
+        check_same_run(
+            recorded, self.rows.attributes, table, owning_groups(self._tracked, self._optimizers), self._path
+        )
+        self._tracked, self._table = {name: self._tracked[name] for name in table.names}, table
+        self.rows.reorder(self._tracked, table, recorded)
+        self._replays.widen(self._tracked, table)
+        self._arrivals.widen(self._tracked, table)
+        self._first, self._keeps_gradients = resumption.step, resumption.point["keeps_gradients"]
+        _ = resumption.moment  # what cannot be read of it is to be said before anything is changed
+
+    def leave(self, *, in_order: bool) -> None:
+        """Take the hooks off, and write what is left.
+
+        Args:
+            in_order: whether no error has stopped the loop.
+        """
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -134,6 +173,7 @@ class TracedLoop:
         try:
             if self._stepped and not self._stepping:
                 self._end_step()
+            self.continuation.leave(in_order=in_order)
         finally:
             self.rows.close()
 
@@ -166,6 +206,7 @@ class TracedLoop:
     def _before_call(self) -> None:
         if self._stepped and not self._stepping:  # a forward pass begins the next round, also if not all have stepped
             self._end_step()
+        self.continuation.begin_step()
         self._take_in_parameters()
         self._watch_gradients()
 
@@ -252,13 +293,13 @@ class TracedLoop:
                 calls, gradients, gradient, rescaling, is_checked=first and self._is_checked(step)
             )
         self._stepping = True
-        if self._objective is not None and step == 0 and calls:
+        if self._objective is not None and step == self._first and calls:
             with self._capture.paused():
                 self._replays.check_objective(calls, gradients, rescaling, step)
         self._arrivals.forget(gradients)
 
     def _is_checked(self, step: int) -> bool:
-        return step < _CHECKED_STEPS or step % self._snapshot_every == 0
+        return step - self._first < _CHECKED_STEPS or step % self._snapshot_every == 0
 
     def _decide_what_to_keep(
         self,
@@ -287,7 +328,8 @@ class TracedLoop:
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if skipped_by_scaler(optimizer):
             return
-        if not all_finite(self._flat(self._tracked, self._looks)):
+        self._end_params = self._flat(self._tracked, self._looks)
+        if not all_finite(self._end_params):
             name = first_nonfinite(self._tracked)
             raise NonFiniteError(
                 f"step {self.rows.num_steps} made entries of the parameter '{name}' NaN or infinite. The steps before "
@@ -299,9 +341,10 @@ class TracedLoop:
             self._end_step()
 
     def _end_step(self) -> None:
-        self.rows.finish(loss=self._step_loss)
+        self.rows.finish(loss=self._step_loss, params=self._end_params)
         self._stepped.clear()
         self._names.end_step()
+        self.continuation.end_step()
 
     def _flat(self, tensors: Mapping[str, Tensor | None], memory: CopyMemory) -> Tensor:
         return self._table.flatten(tensors, out=memory.empty((self._table.num_elements,), self._table.dtype))

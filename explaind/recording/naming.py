@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 from explaind.calls import named_tensors
 from explaind.errors import RecordingError
 from explaind.recording.batches import with_indices
+from explaind.recording.iterations import Iterations
 
 __all__ = ["ExampleNames", "NamedBatch"]
 
@@ -59,6 +61,17 @@ class ExampleNames:
         self._loaders: dict[int, tuple[DataLoader[Any], DataLoader[Any]]] = {}
         self._dataset: Any = None
         self._iterating = False
+        self.iterations: Iterations | None = None
+        """Counts the iterations over loaders; set by who records."""
+
+    @property
+    def are_given(self) -> bool | None:
+        """Whether examples have names; None if that is not known yet."""
+        return self._ever
+
+    def go_on(self, are_given: bool | None) -> None:
+        """Go on where examples had names, or had none."""
+        self._ever = are_given
 
     def batches(self, loader: DataLoader[Any]) -> Iterator[Any]:
         """Yield a loader's batches; while one is in use, its rows are named by data set index."""
@@ -71,21 +84,23 @@ class ExampleNames:
                 "recorder.batches was given loaders of two data sets, whose indices would be mixed up. Iterate over "
                 "loaders for evaluation without it, or name examples by hand with recorder.examples(ids)."
             )
-        return self._iterate(self._loaders[id(loader)][1])
+        return self._iterate(*self._loaders[id(loader)])
 
-    def _iterate(self, loader: DataLoader[Any]) -> Iterator[Any]:
+    def _iterate(self, loader: DataLoader[Any], indexed: DataLoader[Any]) -> Iterator[Any]:
         if self._iterating:
             raise RecordingError(
                 "two loaders of recorder.batches are in use at once, so it is not known which batch a forward call is "
                 "about. Name each batch with recorder.examples(ids) before its forward call."
             )
+        assert self.iterations is not None
         self._iterating = True
         self._ahead = []
         try:
-            for indices, batch in loader:
-                self._leave_current()
-                self._current, self._by_hand = NamedBatch(ids=indices, batch=batch), False
-                yield batch
+            with closing(self.iterations.batches(loader, indexed)) as found:
+                for indices, batch in found:
+                    self._leave_current()
+                    self._current, self._by_hand = NamedBatch(ids=indices, batch=batch), False
+                    yield batch
         finally:
             self._leave_current()
             self._iterating = False

@@ -34,6 +34,7 @@ def trace(
     example_grads: Literal["replayed", "stored"] = "replayed",
     objective: Callable[[nn.Module, Any], Tensor] | None = None,
     inputs: Literal["stored", "by_reference"] = "stored",
+    resume: bool = False,
     overwrite: bool = False,
     durable: bool = False,
     metadata: Mapping[str, Any] | None = None,
@@ -65,6 +66,13 @@ def trace(
             `recorder.batches` or `recorder.examples` must give, and 16 bytes for each tensor by which its content is
             known again. What needs the inputs later then takes the data set: `explaind.open_run(…, data=)`. An example
             must come with the same input every time. Of an objective's batch nothing is stored either.
+        resume: go on with the run at `store`, from its last whole step; if there is none, or it has no finished step,
+            begin one. So a script that is stopped in whatever way can simply be started again. Entering the block, or
+            `recorder.restore()`, brings parameters, buffers, the optimizer's state and settings (`lr`) and the random
+            numbers of torch, Python and NumPy to where they were, and `recorder.batches` leaves out what was used, so
+            that a deterministic loop goes on bit-identically. What else the loop changes, such as a scheduler, is given
+            to `recorder.keep`. A loop without `recorder.batches` begins at `recorder.num_steps`. Batches that are left
+            out are loaded all the same, and compared with the recording.
         overwrite: replace a run that is already at `store`.
         durable: force every block to the device before it is published, so that a power cut, too, loses nothing
             older. It is written as fast as the device can, and where that is slow it is published less often. Without
@@ -76,6 +84,8 @@ def trace(
 
     Raises:
         TypeError: `model` is no module, or `optimizer` is no optimizer, nor several; or they cannot be traced.
+        ModelMismatchError: when the recording begins, the model is not that of the run to be resumed.
+        ResumeError: when it begins, the optimizer or an option is not; or, in the loop, the data.
         ValueError: the optimizer's parameters are not those of the model, or its updates cannot be replayed although
             `snapshot_every` asks for it.
         StoreExistsError: something is at `store` already.
@@ -103,7 +113,21 @@ def trace(
         json.dumps(metadata)
     except TypeError as error:
         raise TypeError(f"metadata must be plain data that JSON can hold: {error}.") from error
+    if resume and (overwrite or store is None):
+        raise ValueError(
+            "resume=True goes on with a run that is there: "
+            + ("overwrite=True would delete it; give one of them." if overwrite else "say at which path it is.")
+        )
     path = place_of(store) if store is not None else free_path(Path("storage"))
+    if resume and not isinstance(path, Path):
+        raise ValueError(
+            f"resume=True goes on with a run in a directory, where nobody else can write it meanwhile; got {path}. "
+            "Record to a directory, and bring the run there with run.export(url)."
+        )
+    if resume and inputs == "by_reference":
+        raise ValueError(
+            "resume=True tells inputs by their content, which inputs='by_reference' does not store. Give one of them."
+        )
     return Recorder(
         model,
         optimizer,
@@ -112,6 +136,7 @@ def trace(
         example_grads=example_grads,
         objective=objective,
         inputs=inputs,
+        resume=resume,
         overwrite=overwrite,
         durable=durable,
         metadata=dict(metadata or {}),
@@ -131,6 +156,7 @@ class Recorder:
         example_grads: Literal["replayed", "stored"],
         objective: Callable[[nn.Module, Any], Tensor] | None,
         inputs: Literal["stored", "by_reference"],
+        resume: bool,
         overwrite: bool,
         durable: bool,
         metadata: dict[str, Any],
@@ -147,11 +173,12 @@ class Recorder:
             "example_grads": example_grads,
             "objective": objective,
             "inputs": inputs,
+            "resume": False,
             "overwrite": False,
             "durable": durable,
             "metadata": metadata,
         }
-        self._overwrite, self._durable = overwrite, durable
+        self._resume, self._overwrite, self._durable = resume, overwrite, durable
         self._entered = False
         self._names = ExampleNames()
         self._loop = TracedLoop(
@@ -167,7 +194,8 @@ class Recorder:
             metadata=metadata,
         )
         self._rows = self._loop.rows
-        check_free(path, overwrite=overwrite)
+        if not resume:
+            check_free(path, overwrite=overwrite)
 
     @property
     def num_steps(self) -> int:
@@ -256,6 +284,51 @@ class Recorder:
         """
         self._check_entered()
         self._names.by_hand(ids)
+        self._loop.continuation.begin_step()
+
+    # ------------------------------------------------------------------ going on with an interrupted run
+
+    def keep(self, *objects: Any) -> None:
+        """Keep the state of more objects, so that resuming brings them to where they were, bit for bit.
+
+        Call it before the loop, and before it is resumed with the same objects in the same order.
+
+        Args:
+            objects: have `state_dict()` and `load_state_dict()`, such as a learning-rate scheduler, a GradScaler or
+                averaged weights, or are a `torch.Generator` that the loop draws from. Their state is plain data and
+                tensors. It is written with every block of steps.
+
+        Raises:
+            TypeError: an object has no such state.
+            ResumeError: the run that is resumed has kept other objects.
+            RecordingError: steps were recorded already.
+        """
+        self._check_entered()
+        if self._loop.continuation.goes_on:
+            raise RecordingError("recorder.keep(…) comes before the first step, so that every step is kept with it.")
+        for companion in objects:
+            self._loop.continuation.keep(companion)
+
+    def restore(self) -> int:
+        """Bring model, optimizer, what is kept, and random numbers to where the run goes on.
+
+        Entering the block with `resume=True` does it too, and so does `recorder.batches` when the loop comes to the
+        batch that is next. It does nothing if there was no run to go on with.
+
+        Returns:
+            The number of steps that are finished.
+
+        Raises:
+            RecordingError: a step was made since.
+        """
+        self._check_entered()
+        if self._loop.continuation.goes_on:
+            raise RecordingError(
+                f"recorder.restore() comes before the first step; there were some since, and it is step "
+                f"{self.num_steps} now."
+            )
+        self._loop.continuation.put_back()
+        return self.num_steps
 
     def _check_entered(self) -> None:
         if not self._loop.joined:
@@ -277,7 +350,7 @@ class Recorder:
         if self._entered:
             raise RecordingError("a recorder records once: call explaind.trace again for another run.")
         self._entered = True
-        self._loop.join(overwrite=self._overwrite, durable=self._durable)
+        self._loop.join(overwrite=self._overwrite, durable=self._durable, resume=self._resume)
         return self
 
     def __exit__(
@@ -286,4 +359,4 @@ class Recorder:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._loop.leave()
+        self._loop.leave(in_order=kind is None)

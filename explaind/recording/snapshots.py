@@ -6,7 +6,7 @@ compares: what does not come out bit for bit is written.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +95,10 @@ class MomentRows:
     def widen(self, table: ParameterTable, groups: GroupHistory, replay: UpdateReplay | None) -> None:
         """Go on with more parameters, from a moment that is written in full."""
         self._table, self._groups, self._replay, self._is_loaded = table, groups, replay, False
+
+    def go_on(self, state_arrays: Iterable[str], num_states: int) -> None:
+        """Go on after so many moments with state, which is in these arrays; the first one is written in full."""
+        self._state_rows.go_on(state_arrays, num_states)
 
     def __call__(self, moment: Moment) -> list[Rows]:
         """The rows of a moment."""

@@ -91,6 +91,10 @@ class StateRows:
         self._begun = set[str]()
         self._num_written = 0
 
+    def go_on(self, names: Iterable[str], num_written: int) -> None:
+        """Go on after so many snapshots, which have rows of these arrays."""
+        self._begun, self._num_written = set(names), num_written
+
     def __call__(self, snapshot: StateSnapshot) -> list[Rows]:
         """The rows of a snapshot; what there has been no state for so far gets those of the earlier ones too."""
         rows: list[Rows] = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import platform
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,15 +15,21 @@ from torch import Tensor, nn
 from explaind.parameters import ParameterTable
 from explaind.places import Place
 from explaind.recording.calls import CallRows
+from explaind.recording.contents import RecordedBatch, batch_rows
 from explaind.recording.fixed import FixedTensors, module_types
 from explaind.recording.forwards import ForwardCall
 from explaind.recording.gradients import all_finite
 from explaind.recording.groups import GroupHistory
 from explaind.recording.host import machine
+from explaind.recording.lock import Lock
+from explaind.recording.loop_points import LoopPoint, PointRows
+from explaind.recording.memory import CopyMemory
 from explaind.recording.naming import ExampleNames
 from explaind.recording.optimizers import Optimizers
+from explaind.recording.pace import Pace
 from explaind.recording.references import References
 from explaind.recording.repeated import Repeated, among
+from explaind.recording.resumption import Resumption
 from explaind.recording.snapshots import Moment, MomentRows, Update, gradient_rows
 from explaind.recording.state import StateHistory
 from explaind.recording.widening import Widening
@@ -35,7 +40,6 @@ from explaind.replay.updates import UpdateReplay
 __all__ = ["StepRows"]
 
 _PER_PARAMETER = ("step", "parameter")
-_FIRST_FLUSH_SECONDS, _FLUSH_SECONDS = 0.2, 10.0
 
 
 class StepRows:
@@ -82,9 +86,11 @@ class StepRows:
         self._fixed = FixedTensors(model, tracked)
         self._has_gradient = Repeated(among)
         self._scale_and_limit = Repeated(_columns)
-        self._last_flush = time.monotonic()
-        self._flush_seconds = _FIRST_FLUSH_SECONDS
-        self._attributes = self._layout(table, self._groups, self._fixed.layout) | {
+        self.points = PointRows()
+        """Where the loop can go on, if it is resumed."""
+        self._memory = CopyMemory()
+        self._end_params: Tensor | None = None
+        self.attributes = self._layout(table, self._groups, self._fixed.layout) | {
             "modules": module_types(model),
             "model": type(model).__name__,
             "optimizer": optimizers.name,
@@ -97,6 +103,7 @@ class StepRows:
             "threads": torch.get_num_threads(),
             "metadata": metadata,
         }
+        """The description of the run when it begins."""
         if snapshot_every > 1 and self._update_replay() is None:
             raise ValueError(
                 f"snapshot_every={snapshot_every} needs optimizers whose updates can be replayed: those of "
@@ -115,9 +122,26 @@ class StepRows:
             "group_types": groups.types,
         }
 
-    def open(self, *, overwrite: bool, durable: bool) -> None:
-        """Create the store and publish it, with no step yet."""
-        self._writer = StoreWriter(self._path, attributes=self._attributes, overwrite=overwrite, durable=durable)
+    def open(self, *, overwrite: bool, durable: bool, resumption: Resumption | None, lock: Lock | None) -> None:
+        """Create the store and publish it, with no step yet; or go on with the one that is there.
+
+        Args:
+            overwrite: replace a run that is there.
+            durable: force every block to the device.
+            resumption: where to go on.
+            lock: the lock on the store, if it is held already.
+        """
+        attributes = self.attributes if resumption is None else resumption.changes(self.attributes["metadata"])
+        self._writer = StoreWriter(
+            self._path,
+            attributes=attributes,
+            overwrite=overwrite,
+            durable=durable,
+            lock=lock,
+            begun=None if resumption is None else resumption.begun(durable=durable),
+        )
+        self.pace = Pace(self._writer, self.points)
+        """When what is collected is published."""
         self._calls = CallRows(
             names=self._names,
             example_grads=self._example_grads,
@@ -133,9 +157,54 @@ class StepRows:
             replay=self._update_replay(),
             types=lambda: self._state.types,
         )
+        if resumption is not None:
+            self._go_on(resumption)
+            return
         self._next_state = self._state.take()
         self._writer.flush()
         self._writer.wait()
+
+    def _go_on(self, resumption: Resumption) -> None:
+        point = resumption.point
+        self.num_steps = resumption.step
+        self._calls.go_on(resumption.calls())
+        self._moments.go_on(*resumption.state_arrays())
+        if point["fixed_version"] >= 0 and self._fixed.layout:
+            self._fixed.go_on(point["fixed_version"], resumption.fixed_bytes)
+        self._names.go_on(point["named"])
+
+    def reorder(self, tracked: Mapping[str, nn.Parameter], table: ParameterTable, recorded: Mapping[str, Any]) -> None:
+        """Go on in the order of a run, before anything is recorded."""
+        self._tracked, self._table = tracked, table
+        self._groups.go_on(recorded["groups"], recorded["group_keys"], recorded["group_types"])
+
+    def take_state(self) -> None:
+        """Take down the optimizers' state once more, as it was put back."""
+        self._next_state = self._state.take()
+
+    def take_point(self, content: Callable[[], dict[str, Any]]) -> None:
+        """Take down a point from which the loop can go on.
+
+        Args:
+            content: gives what `LoopState` says of it.
+        """
+        version, fixed = self._fixed.look()
+        own = {
+            "fixed_version": version,
+            "fixed": None if fixed is None else torch.from_numpy(fixed),
+            "named": self._names.are_given,
+        }
+        params, is_sure = self._end_params, False
+        if params is None or self.points.wants_params:
+            out = self._memory.empty((self._table.num_elements,), self._table.dtype)
+            params, is_sure = self._table.flatten(self._tracked, out=out), True
+        self.points.hold(
+            LoopPoint(step=self.num_steps, content=lambda: own | content(), params=params.numpy(), is_sure=is_sure)
+        )
+
+    def add_batch(self, batch: RecordedBatch) -> None:
+        """Take down what a data loader gave."""
+        self._writer.add(*batch_rows(batch))
 
     def widen(self, tracked: Mapping[str, nn.Parameter], table: ParameterTable, places: Sequence[int]) -> None:
         """Go on, between two steps, with parameters that were frozen so far; earlier rows get what they were then.
@@ -160,7 +229,8 @@ class StepRows:
         self._fixed.release(tracked, widening.without_new)
         self._state.widen(tracked, table)
         self._moments.widen(table, groups, self._update_replay())
-        self._next_state, self._update = self._state.take(), None
+        self._next_state, self._update, self._end_params = self._state.take(), None, None
+        self.points.release()
 
     def _update_replay(self) -> UpdateReplay | None:
         """Makes updates again, if that can be done with what is recorded."""
@@ -178,12 +248,8 @@ class StepRows:
         self._writer.check()
         if self._references is not None:
             self._references.check()
-        # A block has as many snapshots as steps, so that it fills whole chunks of both.
-        overdue = time.monotonic() - self._last_flush > self._flush_seconds
-        if self._writer.wants_flush or (overdue and not self._writer.is_writing):
-            self._writer.flush()
-            self._last_flush = time.monotonic()
-            self._flush_seconds = min(2 * self._flush_seconds, _FLUSH_SECONDS)
+        self.pace.begin_step(self.num_steps)
+        self.points.begin(self.num_steps, params.numpy())
         self.unfinished = True
         self._add_moment(params, self._groups.values())
         self._held: list[Rows | Later] = []
@@ -221,8 +287,14 @@ class StepRows:
         self._rescaling |= rescaling
         self._updated |= {name for name, gradient in gradients.items() if gradient is not None}
 
-    def finish(self, *, loss: float) -> None:
-        """The optimizers have made the step: it counts, and their new state is written."""
+    def finish(self, *, loss: float, params: Tensor) -> None:
+        """The optimizers have made the step: it counts, and their new state is written.
+
+        Args:
+            loss: what was logged.
+            params: the parameters at the end of the step, `[element]`.
+        """
+        self._end_params = params
         assert self._gradient is not None
         scale, limit = self._scale_and_limit(self._rescaling)
         gradient, updated = self._gradient.numpy(), self._has_gradient((self._table.names, self._updated))
@@ -252,6 +324,8 @@ class StepRows:
         # A step that was not finished is no step: the parameters before it are written already.
         if not self.unfinished and all_finite(params := self._table.flatten(self._tracked)):
             self._add_moment(params, None)
+            self.points.begin(self.num_steps, params.numpy())
+        self._writer.add(*self.points.rows(self.num_steps))
         self._writer.close()
         if self._references is not None:
             self._references.check()

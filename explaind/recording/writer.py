@@ -21,9 +21,10 @@ from explaind.errors import RecordingError, StoreUnreachableError
 from explaind.metadata import read_attributes
 from explaind.paths import check_free
 from explaind.places import Place
+from explaind.recording.begun import Begun
 from explaind.recording.chunks import GrowingArray, describe, rows_of_a_chunk
 from explaind.recording.files import force
-from explaind.recording.lock import lock_of
+from explaind.recording.lock import Lock, lock_of
 from explaind.recording.replacing import another, replaceable
 from explaind.recording.uploads import files_of
 from explaind.store import FORMAT_VERSION
@@ -69,6 +70,8 @@ class StoreWriter:
         attributes: JSON-able description of the run, kept in the root group.
         overwrite: replace a run that is already there (only ever a run: other directories are refused).
         durable: force every block to the device before it is published; object storage does that always.
+        lock: the lock on the store, if the caller has it already.
+        begun: go on with the store that is there.
 
     Raises:
         StoreExistsError: something is at `path`, and it may not be replaced.
@@ -76,17 +79,20 @@ class StoreWriter:
         StoreUnreachableError: object storage cannot be written.
     """
 
-    def __init__(self, path: Place, *, attributes: Mapping[str, Any], overwrite: bool, durable: bool = False) -> None:
+    def __init__(
+        self,
+        path: Place,
+        *,
+        attributes: Mapping[str, Any],
+        overwrite: bool,
+        durable: bool = False,
+        lock: Lock | None = None,
+        begun: Begun | None = None,
+    ) -> None:
         self.path = path.resolve()  # the loop may change its directory
         self._files = files_of(self.path)
         self._durable, self._id = durable and isinstance(path, Path), new_id()
-        self._lock = lock_of(self.path)
-        try:
-            check_free(self.path, overwrite=overwrite)  # another one may have written since it was last looked at
-            self._create({"explaind_format": FORMAT_VERSION, **attributes})
-        except BaseException:
-            self._lock.release()
-            raise
+        self._lock = lock or lock_of(self.path)
         self._commit_seconds, self._committed = 0.0, time.monotonic()
         self._num_commits, self._earlier = 0, dict[int, Commit]()
         self._arrays: dict[str, GrowingArray] = {}
@@ -96,13 +102,31 @@ class StoreWriter:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="explaind-writer")
         self._written: Future[None] = Future()
         self._written.set_result(None)
+        try:
+            if begun is None:
+                check_free(self.path, overwrite=overwrite)  # another one may have written since it was last looked at
+                self._create({"explaind_format": FORMAT_VERSION, **attributes})
+            else:
+                self._go_on(begun, attributes)
+        except BaseException:
+            self._lock.release()
+            raise
 
     # ------------------------------------------------------------------ in the thread of the loop
 
     @property
     def wants_flush(self) -> bool:
         """Whether enough rows have gathered to be worth writing."""
-        return self._blocks[-1].num_bytes >= _BLOCK_BYTES
+        return self.num_bytes >= _BLOCK_BYTES
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the rows that have gathered."""
+        return self._blocks[-1].num_bytes
+
+    def will_want_flush(self, num_bytes: int) -> bool:
+        """Whether enough rows will have gathered after so many bytes more."""
+        return self.num_bytes + num_bytes >= _BLOCK_BYTES
 
     @property
     def is_writing(self) -> bool:
@@ -189,6 +213,8 @@ class StoreWriter:
             if name not in self._arrays:
                 share = min(1.0, block.num_bytes / _BLOCK_BYTES)
                 chunk_rows = rows_of_a_chunk(parts[0], round(sum(map(len, parts)) / max(share, 1e-3)))
+                if isinstance(self.path, Path):  # where a writer that was killed may have begun it
+                    shutil.rmtree(self.path / name, ignore_errors=True)
                 self._arrays[name] = GrowingArray(
                     self.path, name, self._dims[name], parts[0], chunk_rows, durable=self._durable, files=self._files
                 )
@@ -232,6 +258,15 @@ class StoreWriter:
         self._files.send()
         if self._durable:
             force([], store)
+
+    def _go_on(self, begun: Begun, attributes: Mapping[str, Any]) -> None:
+        """Take over a store; if what is published is damaged while its end is replaced, all before that counts."""
+        self._arrays, self._dims = dict(begun.arrays), dict(begun.dims)
+        for commit in (*begun.published.earlier, self._state_of(self._arrays)):
+            self._earlier = thinned(self._earlier | {self._num_commits: commit})
+            self._num_commits += 1
+        self._put_commit(self.path, replace(begun.published, complete=False, earlier=tuple(self._earlier.values())))
+        self.set_attributes(**attributes)
 
     # ------------------------------------------------------------------ stores that take another's place
 
