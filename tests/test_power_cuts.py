@@ -22,6 +22,7 @@ from tests.traced import step_on
 def grow(path, monkeypatch, *, num_steps=40, at_step=lambda recorder, step: None):
     """Record a run in which every step is a block, and call something in each."""
     monkeypatch.setattr(writer, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(writer, "_CHEAP_SECONDS", 10.0)  # also where publishing is slow
     chunks_of(monkeypatch, 1500)
     model = mlp()
     optimizer = AdamW(model.parameters(), lr=0.05)

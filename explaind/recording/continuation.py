@@ -125,7 +125,6 @@ class Continuation:
                 f"the run at {path} goes on at batch {place['used']} of iteration {place['iteration']} of "
                 "recorder.batches, and a step began before that. Resume with the loop that was recorded."
             )
-        self._iterations.arrive()
         self._state.companions.check()
         parameters = self._state.parameters()
         for name, value in self._moment.params.items():
@@ -134,3 +133,4 @@ class Continuation:
                     f"the parameter '{name}' is not what it was after {self._first} steps of the run at {path}. "
                     "Entering the block and recorder.restore() bring it there; leave it so until the next step."
                 )
+        self._iterations.arrive()

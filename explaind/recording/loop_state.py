@@ -76,7 +76,7 @@ class LoopState:
         content: dict[str, Any] = {
             "training": [module.training for module in self._model.modules()],
             "requires_grad": {name: parameter.requires_grad for name, parameter in parameters.items()},
-            "has_gradient": [name for name, parameter in parameters.items() if parameter.grad is not None],
+            "has_gradient": [name for name, parameter in parameters.items() if _has_dense_gradient(parameter)],
             "groups": [_settings(group) for group in self._optimizers.param_groups],
             "companions": self.companions.states(),
         }
@@ -104,6 +104,10 @@ class LoopState:
             _put_state(optimizer, names, moment)
         self.companions.load(content["companions"], content["random"]["own"])
         put_random_state(content["random"], self.device)
+
+
+def _has_dense_gradient(parameter: nn.Parameter) -> bool:
+    return parameter.grad is not None and not parameter.grad.is_sparse
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,6 +141,4 @@ def _put_state(optimizer: Optimizer, names: Mapping[int, str], moment: RecordedM
                     key: state_in_loop(value, key, name, moment.state_types, parameter.device)
                     for key, value in entries.items()
                 }
-    # By this a scheduler knows that it is not ahead of its optimizer.
-    if moment.state:
-        optimizer._opt_called = True  # type: ignore[attr-defined]
+    optimizer._opt_called = True  # type: ignore[attr-defined]  # else a scheduler warns that it is ahead of it

@@ -180,7 +180,8 @@ def _sizes(store: StoreReader, steps: int) -> tuple[Counter[str], Counter[str]]:
     for name in store.commit.arrays:
         rows, kind = store.read(name), kind_of(name)
         between = next((number for along, number in stored.items() if store.has_along(name, along)), 1)
-        if kind in (INPUTS, DIGESTS) or (name == "fixed" and len(rows) < _NUM_STEPS):
+        is_once = kind in (INPUTS, DIGESTS) or name.startswith("loop_")
+        if is_once or (name == "fixed" and len(rows) < _NUM_STEPS):
             once[kind] += encoded_size(rows)
         elif between > 1 and len(rows) < _NUM_STEPS:
             # The last moment is stored too; of the first there is no state yet, or an empty one.

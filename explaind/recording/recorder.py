@@ -77,7 +77,7 @@ def trace(
         durable: force every block to the device before it is published, so that a power cut, too, loses nothing
             older. It is written as fast as the device can, and where that is slow it is published less often. Without
             it the system may keep the last half minute in memory; nothing else than a power cut can lose that.
-        metadata: JSON-able notes to keep with the run.
+        metadata: JSON-able notes to keep with the run; a run that is resumed adds them to those it has.
 
     Returns:
         A context manager; `recorder.batches(loader)` and `recorder.examples(ids)` name the examples.
@@ -265,11 +265,14 @@ class Recorder:
     def batches(self, loader: DataLoader[Any]) -> Iterator[Any]:
         """Iterate over a DataLoader, naming each batch's examples by their index in the data set.
 
-        The batches, their order and the random numbers drawn are those of `loader`.
+        The batches, their order and the random numbers drawn are those of `loader`. Where a run is resumed, it gives
+        no batch that was used for a step before: none at all in iterations that were over, and the rest of the one
+        that was in progress.
 
         Raises:
             TypeError: not a DataLoader, or one without indices.
             RecordingError: loaders of two data sets, or two loaders at once.
+            ResumeError: the run that is resumed was recorded with other data, or in another order.
         """
         self._check_entered()
         return self._names.batches(loader)
