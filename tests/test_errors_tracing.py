@@ -284,3 +284,20 @@ def test_a_parameter_that_becomes_infinite_names_the_step_and_leaves_those_befor
             (100 * F.cross_entropy(model(FEATURES[:3]), LABELS[:3])).backward()
             optimizer.step()
     check_safe(tmp_path / "run.zarr", 2)
+
+
+@pytest.mark.parametrize(
+    "store, options, message",
+    [
+        ("memory://resumed.zarr", {}, r"resume=True goes on with a run in a directory.*got memory://resumed\.zarr"),
+        (
+            "run",
+            {"inputs": "by_reference"},
+            r"tells inputs by their content, which inputs='by_reference'",
+        ),
+    ],
+)
+def test_what_cannot_be_resumed_is_refused_before_anything_is_recorded(store, options, message):
+    model = mlp()
+    with pytest.raises(ValueError, match=message):
+        explaind.trace(model, SGD(model.parameters(), lr=0.1), store, resume=True, **options)

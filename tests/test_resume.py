@@ -843,20 +843,3 @@ def test_state_that_was_not_recorded_is_named(tmp_path):
 
     Loop(tmp_path / "run", make_optimizer=make_optimizer)(plain)
     refused(tmp_path / "run", ResumeError, "the optimizer's state 'history' is not in", make_optimizer=make_optimizer)
-
-
-@pytest.mark.parametrize(
-    "store, options, message",
-    [
-        ("memory://resumed.zarr", {}, r"resume=True goes on with a run in a directory.*got memory://resumed\.zarr"),
-        (
-            "run",
-            {"inputs": "by_reference"},
-            r"tells inputs by their content, which inputs='by_reference' does not store",
-        ),
-    ],
-)
-def test_what_cannot_be_resumed_is_refused_before_anything_is_recorded(store, options, message):
-    model = mlp()
-    with pytest.raises(ValueError, match=message):
-        explaind.trace(model, momentum_sgd(model.parameters()), store, resume=True, **options)
