@@ -13,6 +13,9 @@ from explaind.errors import DamagedStoreError, StoreFormatError
 from tests.cases import BY_NAME, chunks_of, query, train
 from tests.traced import change_attributes, with_buffer
 
+ONLY_TO_RESUME = ("loop_", "batch")
+"""What begins the names of arrays that nothing else reads."""
+
 
 @pytest.fixture(scope="module")
 def intact(tmp_path_factory):
@@ -83,7 +86,7 @@ def test_a_damaged_chunk_is_named_with_its_steps(name, dimension, harm, damaged)
 
 def test_damage_is_found_in_every_array(intact, damaged):
     names = sorted(str(file.parent.relative_to(intact)) for file in intact.rglob("zarr.json"))
-    arrays = [name for name in names if chunks(intact, name)]
+    arrays = [name for name in names if chunks(intact, name) and not name.startswith(ONLY_TO_RESUME)]
     assert {"params", "gradient", "row_example", "inputs/0", "state_scalar/step"} <= set(arrays)
     use_everything(damaged)
     overlooked = []
