@@ -9,7 +9,7 @@ from typing import Any
 
 __all__ = ["Boundaries"]
 
-_SHARE = 0.02
+_SHARE = 0.01
 """Part of the time that may be spent on points which nobody has asked for."""
 
 
@@ -36,23 +36,26 @@ class Boundaries:
         self._random_state, self._is_asked_for, self._take = random_state, is_asked_for, take
         self._is_clean = True
         self._random: dict[str, Any] | None = None
-        self._is_first = True
+        self._random_seconds, self._is_first = 0.0, True
         self._seconds, self._ready = math.inf, -math.inf
 
     def end_step(self, *, within_batches: bool) -> None:
         """A step is finished."""
-        self._is_clean = True
-        self._random = None if within_batches or not self._is_due else self._random_state()
+        self._is_clean, self._random = True, None
+        if not within_batches and self._is_due:
+            began = time.monotonic()
+            self._random = self._random_state()
+            self._random_seconds = time.monotonic() - began
 
     def request_batch(self) -> None:
         """The loop asks for a batch."""
         if self._is_clean and self._is_due:
-            self._note(self._random_state())
+            self._note()
 
     def begin_step(self) -> None:
         """Something of the next step begins."""
         if self._is_clean and (self._random is not None or self._is_first):
-            self._note(self._random or self._random_state())
+            self._note()
         self.get_batch()
 
     def get_batch(self) -> None:
@@ -62,21 +65,20 @@ class Boundaries:
     def leave(self) -> None:
         """The loop has come to its end."""
         if self._is_clean:
-            self._note(self._random or self._random_state())
-
-    @property
-    def is_clean(self) -> bool:
-        """Whether nothing of a step is in progress."""
-        return self._is_clean
+            self._note()
 
     @property
     def _is_due(self) -> bool:
         return time.monotonic() >= self._ready or self._is_asked_for()
 
-    def _note(self, random: dict[str, Any]) -> None:
+    def _note(self) -> None:
         began = time.monotonic()
-        self._take(random)
+        if self._random is None:
+            self._take(self._random_state())
+        else:
+            self._take(self._random)
+            began -= self._random_seconds
         ended = time.monotonic()
         if self._ready > -math.inf:  # the first one is slow
-            self._seconds = min(self._seconds, ended - began)
+            self._seconds = ended - began if math.isinf(self._seconds) else (self._seconds + ended - began) / 2
         self._ready = ended if math.isinf(self._seconds) else ended + self._seconds / _SHARE

@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from explaind.calls import named_tensors
-from explaind.recording.writer import Rows
+from explaind.recording.writer import Later, Rows
 from explaind.store import StoreReader
 
-__all__ = ["RecordedBatch", "batch_rows", "first_difference", "read_batches", "row_contents"]
+__all__ = ["RecordedBatch", "batch_rows", "first_difference", "read_batches", "row_contents", "tensors_of"]
 
-_SHIFT = np.uint64(29)
+_SHIFT, _WORD = np.uint64(29), 8
+"""By the shift no pair of bits cancels in a sum of multiples of words."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -35,11 +36,16 @@ class RecordedBatch:
     """A number that tells what each row held, `[row]`."""
 
 
-def batch_rows(batch: RecordedBatch) -> list[Rows]:
-    """The rows of the store that note a batch."""
-    about = np.array([[batch.iteration, batch.step, len(batch.examples)]], np.int64)
-    rows = np.stack([batch.examples, batch.contents], axis=1)
-    return [("batch", about, ("batch", "batch_entry")), ("batch_row", rows, ("batch_row", "batch_row_entry"))]
+def batch_rows(iteration: int, step: int, examples: Sequence[int], batch: Any) -> Later:
+    """Rows of the store that note a batch: its iteration, its step, the indices of its examples, and what they hold."""
+    copies = [tensor.detach().clone() for tensor in tensors_of(batch)]  # which the loop may change
+
+    def make() -> list[Rows]:
+        about = np.array([[iteration, step, len(examples)]], np.int64)
+        rows = np.stack([np.array(examples, np.int64), row_contents(copies, len(examples))], axis=1)
+        return [("batch", about, ("batch", "batch_entry")), ("batch_row", rows, ("batch_row", "batch_row_entry"))]
+
+    return Later(make, sum(tensor.nbytes for tensor in copies))
 
 
 def read_batches(store: StoreReader, first: int, stop: int) -> list[RecordedBatch]:
@@ -56,29 +62,35 @@ def read_batches(store: StoreReader, first: int, stop: int) -> list[RecordedBatc
     ]
 
 
-def row_contents(batch: Any, num_rows: int) -> NDArray[np.int64]:
+def tensors_of(batch: Any) -> list[Tensor]:
+    """The tensors of a batch by which it is told from another one."""
+    return [tensor for _, tensor in named_tensors(batch) if tensor.layout == torch.strided]
+
+
+def row_contents(tensors: Sequence[Tensor], num_rows: int) -> NDArray[np.int64]:
     """A number for each row of a batch that depends on every bit of its tensors, `[row]`.
 
     Tensors without a row for each example count for all of them.
     """
-    contents = np.zeros(num_rows, np.uint64)
-    for _, tensor in named_tensors(batch):
-        if tensor.layout == torch.strided and tensor.numel():
-            contents = contents * _multipliers(1)[0] + _sums(tensor, num_rows)
+    parts = [_bytes(tensor, num_rows) for tensor in tensors]
+    width = sum(part.shape[1] for part in parts)
+    if missing := -width % _WORD:
+        parts.append(np.zeros((num_rows, missing), np.uint8))
+    if not parts:
+        return np.zeros(num_rows, np.int64)
+    raw = np.concatenate(parts, axis=1) if len(parts) > 1 else np.ascontiguousarray(parts[0])
+    words = raw.view(np.uint64)
+    contents: NDArray[np.uint64] = (words ^ (words >> _SHIFT)) @ _multipliers(words.shape[1])
     return contents.view(np.int64)
 
 
-def _sums(tensor: Tensor, num_rows: int) -> NDArray[np.uint64]:
-    has_rows = tensor.ndim and len(tensor) == num_rows
-    flat = tensor.detach().cpu().contiguous().reshape(num_rows if has_rows else 1, -1)
-    raw: NDArray[Any] = flat.view(torch.uint8).numpy()
-    if raw.shape[1] % 8 == 0:
-        words = raw.view(np.uint64)
-        words = words ^ (words >> _SHIFT)  # so that no pair of bits cancels in the sum
-    else:
-        words = raw.astype(np.uint64)
-    sums: NDArray[np.uint64] = words @ _multipliers(words.shape[1])
-    return sums
+def _bytes(tensor: Tensor, num_rows: int) -> NDArray[np.uint8]:
+    """The bytes of a tensor `[row, byte]`."""
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    raw: NDArray[np.uint8] = flat.view(torch.uint8).numpy()
+    if tensor.ndim and len(tensor) == num_rows:
+        return raw.reshape(num_rows, -1)
+    return np.broadcast_to(raw, (num_rows, len(raw)))
 
 
 @lru_cache(maxsize=16)

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
 from explaind.errors import RecordingError
 from explaind.recording.boundaries import Boundaries
-from explaind.recording.contents import RecordedBatch, row_contents
 from explaind.recording.iterations import Iterations
 from explaind.recording.loop_state import LoopState
 from explaind.recording.naming import ExampleNames
@@ -50,7 +48,6 @@ class Continuation:
         )
         if resumption is not None:
             self._num_batches = resumption.point["num_batches"]
-            self._moment = resumption.moment
             self._iterations.resume(resumption.point["place"], resumption.batches(), self._go_on)
             self.put_back()
 
@@ -62,7 +59,7 @@ class Continuation:
     def put_back(self) -> None:
         """Bring the loop to where it goes on, if it was resumed."""
         if self._resumption is not None:
-            self._state.put(self._resumption.point, self._moment)
+            self._state.put(self._resumption.point, self._resumption.moment)
             self._rows.take_state()
 
     def keep(self, companion: Any) -> None:
@@ -79,6 +76,7 @@ class Continuation:
 
     def end_step(self) -> None:
         """A step is finished."""
+        self._resumption = None  # what was read for it takes memory
         self._boundaries.end_step(within_batches=self._iterations.in_progress)
 
     def leave(self, *, in_order: bool) -> None:
@@ -97,11 +95,7 @@ class Continuation:
 
     def _get_batch(self, iteration: int, indices: list[int], batch: Any) -> None:
         self._boundaries.get_batch()
-        examples = np.array(indices, np.int64)
-        contents = row_contents(batch, len(examples))
-        self._rows.add_batch(
-            RecordedBatch(iteration=iteration, step=self._rows.num_steps, examples=examples, contents=contents)
-        )
+        self._rows.add_batch(iteration, indices, batch)
         self._num_batches += 1
 
     # ------------------------------------------------------------------ where it goes on
@@ -127,7 +121,7 @@ class Continuation:
             )
         self._state.companions.check()
         parameters = self._state.parameters()
-        for name, value in self._moment.params.items():
+        for name, value in self._resumption.moment.params.items():
             if not torch.equal(parameters[name].detach().cpu(), value.cpu()):
                 raise RecordingError(
                     f"the parameter '{name}' is not what it was after {self._first} steps of the run at {path}. "

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from explaind.errors import ResumeError
 from explaind.recording.batches import only_indices
-from explaind.recording.contents import RecordedBatch, first_difference, row_contents
+from explaind.recording.contents import RecordedBatch, first_difference, row_contents, tensors_of
 
 __all__ = ["check_again", "check_batch", "check_exhausted"]
 
@@ -35,7 +35,7 @@ def check_batch(loader: DataLoader[Any], recorded: RecordedBatch, indices: list[
             f"the data loader does not give what was recorded: in the batch of step {recorded.step}, row {place} was "
             f"{before} and is {now}. {_ADVICE}"
         )
-    _check_contents(loader, recorded, recorded.contents != row_contents(batch, len(indices)))
+    _check_contents(loader, recorded, recorded.contents != row_contents(tensors_of(batch), len(indices)))
 
 
 def check_again(loader: DataLoader[Any], batches: list[RecordedBatch]) -> None:
@@ -88,4 +88,4 @@ def _drawn(loader: DataLoader[Any], recorded: RecordedBatch, seed: int) -> NDArr
             f"the data set is not the one that was recorded: it does not have all examples of the batch of step "
             f"{recorded.step}, {examples[:8]} ({error!r}). {_ADVICE}"
         ) from error
-    return row_contents(batch, len(examples))
+    return row_contents(tensors_of(batch), len(examples))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from explaind.parameters import ParameterTable
 from explaind.places import Place
 from explaind.recording.calls import CallRows
-from explaind.recording.contents import RecordedBatch, batch_rows
+from explaind.recording.contents import batch_rows
 from explaind.recording.fixed import FixedTensors, module_types
 from explaind.recording.forwards import ForwardCall
 from explaind.recording.gradients import all_finite
@@ -202,9 +202,9 @@ class StepRows:
             LoopPoint(step=self.num_steps, content=lambda: own | content(), params=params.numpy(), is_sure=is_sure)
         )
 
-    def add_batch(self, batch: RecordedBatch) -> None:
-        """Take down what a data loader gave."""
-        self._writer.add(*batch_rows(batch))
+    def add_batch(self, iteration: int, indices: Sequence[int], batch: Any) -> None:
+        """Take down what a data loader gave in an iteration over it."""
+        self._writer.add(batch_rows(iteration, self.num_steps, indices, batch))
 
     def widen(self, tracked: Mapping[str, nn.Parameter], table: ParameterTable, places: Sequence[int]) -> None:
         """Go on, between two steps, with parameters that were frozen so far; earlier rows get what they were then.
