@@ -24,7 +24,7 @@ from tests.killed import NUM_STEPS, data, make_model
 from tests.resumed import IN_TIME
 from tests.traced import same
 
-NUM_KILLS = int(os.environ.get("EXPLAIND_KILLS", "10"))
+NUM_KILLS = int(os.environ.get("EXPLAIND_KILLS", "4"))
 POINTS = [
     *(
         f"{moment} {file}"
@@ -116,8 +116,9 @@ def check(path, whole, block_bytes):
     return published
 
 
-def check_resumed(path, whole):
+def check_resumed(path, whole, published):
     """What came of a run that was killed and resumed is what came of the one that nobody disturbed."""
+    seams = range(max(0, published - 3), min(NUM_STEPS, published + 3))
     reader = StoreReader(path)
     assert reader.commit.complete
     assert reader.commit.arrays.keys() == whole.commit.arrays.keys()
@@ -129,7 +130,7 @@ def check_resumed(path, whole):
     assert same(run.state(run.num_steps), explaind.open_run(whole.path, model=make_model()).state(run.num_steps))
     assert not run.info().leftovers
     query = explaind.Query(data().tensors[0][:1], output=explaind.outputs.logit([2]))
-    run.attribute(query, by=("query", "step", "layer")).check()
+    run.attribute(query, by=("query", "step", "layer"), steps=seams).check()
     assert not list(path.parent.glob("*.lock"))
 
 
@@ -142,9 +143,9 @@ def test_a_writer_killed_at_any_moment_leaves_a_prefix(seed, processes, whole, t
     with contextlib.suppress(ProcessLookupError):
         os.kill(process, signal.SIGKILL)
     wait_for_end(process)
-    check(path, whole[0], block_bytes)
+    published = check(path, whole[0], block_bytes)
     wait_for_end(processes(path, block_bytes=chance.choice([1, 20_000, 60_000]), durable=seed % 2 == 1, resume=True))
-    check_resumed(path, whole[0])
+    check_resumed(path, whole[0], published)
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -152,20 +153,21 @@ def test_a_writer_killed_at_a_point_leaves_a_prefix(point, processes, whole, tmp
     count = 1 if point.endswith(("lock", "run")) else random.Random(point).randint(1, 4)
     wait_for_end(processes(tmp_path / "run.zarr", point=[point, count]))
     assert (num_finished(tmp_path / "run.zarr") == NUM_STEPS) == (point == "before unlink of lock")
-    check(tmp_path / "run.zarr", whole[0], 20_000)
+    published = check(tmp_path / "run.zarr", whole[0], 20_000)
     wait_for_end(processes(tmp_path / "run.zarr", resume=True))
-    check_resumed(tmp_path / "run.zarr", whole[0])
+    check_resumed(tmp_path / "run.zarr", whole[0], published)
 
 
-@pytest.mark.parametrize("point", [*POINTS[:6], "before unlink of lock"])
+@pytest.mark.parametrize("point", ["half of commit", "after rename of chunk", "before unlink of lock"])
 def test_a_resumed_run_that_is_killed_again_is_resumed_again(point, processes, whole, tmp_path):
     path = tmp_path / "run.zarr"
     wait_for_end(processes(path, point=["after rename of commit", 5]))
     published = check(path, whole[0], 20_000)
     wait_for_end(processes(path, point=[point, 1], resume=True))
-    assert check(path, whole[0], 20_000) >= published
+    again = check(path, whole[0], 20_000)
+    assert again >= published
     wait_for_end(processes(path, resume=True))
-    check_resumed(path, whole[0])
+    check_resumed(path, whole[0], again)
 
 
 @pytest.mark.parametrize(
