@@ -18,9 +18,9 @@ from explaind import Attribution
 from explaind.plots import plot_examples, plot_heatmap
 from explaind.plots.style import line_styles
 
-from .measures import class_difference_profile, layer_influence, smooth, step_sizes
-from .phases import Phases
-from .task import Split
+from ..measures import class_difference_profile, layer_influence, smooth, step_sizes
+from ..phases import Phases
+from ..task import Split
 
 __all__ = ["draw_all"]
 

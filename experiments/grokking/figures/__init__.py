@@ -1,0 +1,5 @@
+"""The pictures of the study, one family per file; each takes computed data and returns a Figure."""
+
+from .decomposition import draw_all
+
+__all__ = ["draw_all"]
