@@ -21,8 +21,8 @@ grokking: $(runtime) ## train the quick grokking run and explain it, into storag
 benchmarks: $(dev) ## measure what attribution costs, into docs/benchmarks.md; best on an idle machine
 	OMP_NUM_THREADS=1 $(python) -m tests.benchmarks
 
-test: $(dev) ## run the tests
-	$(python) -m pytest
+test: $(dev) ## run the tests, a file on each core at a time
+	$(python) -m pytest --numprocesses auto --dist loadfile
 
 lint: $(dev) ## check style and formatting
 	$(python) -m ruff check

@@ -1,23 +1,20 @@
-"""Stage 2: decompose what the network learned, by class and layer, and by single training examples."""
+"""Stage 2: what the network learned as sums: by class and layer, by training example, and by single parameter."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 import explaind
 
 from .model import layer_groups
+from .phases import Phases
 from .recipes import Recipe
+from .sizes import Sizes
 
-__all__ = ["TOLERANCE", "by_class", "by_example", "open_study"]
-
-TOLERANCE = 1e-4
-"""Wanted quadrature error, as a part of each query's path length."""
-
-NUM_CHOSEN = 6
-"""Single predictions that are explained by example."""
+__all__ = ["by_class", "by_element", "by_example", "kernel_machine", "open_study", "right_pairs"]
 
 
 def open_study(recipe: Recipe, store: Path) -> explaind.Run:
@@ -30,40 +27,67 @@ def open_study(recipe: Recipe, store: Path) -> explaind.Run:
     return run
 
 
-def by_class(run: explaind.Run, recipe: Recipe, *, progress: bool = True) -> explaind.Attribution:
+def by_class(run: explaind.Run, recipe: Recipe, sizes: Sizes, out: Path, *, progress: bool) -> explaind.Attribution:
     """Mean log-probability of the right answer per validation class, by training class, step and layer."""
+    return run.attribute(
+        class_means(recipe),
+        by=("query", "group", "step", "layer"),
+        groups=dict(enumerate(recipe.make_split().train_labels.tolist())),
+        tolerance=sizes.tolerance,
+        out=out,
+        progress=progress,
+    )
+
+
+def by_example(
+    run: explaind.Run, recipe: Recipe, sizes: Sizes, phases: Phases, out: Path, *, progress: bool
+) -> explaind.Attribution:
+    """Log-probability of the right answer of single validation pairs, by training example, phase and layer."""
+    split, chosen = recipe.make_split(), right_pairs(run, recipe, sizes.single_queries)
+    return run.attribute(
+        explaind.Query(
+            split.validation_tokens[chosen],
+            output=explaind.outputs.log_prob(split.validation_labels[chosen]),
+            names=chosen.tolist(),
+        ),
+        by=("query", "example", "window", "layer"),
+        windows=phases.spans,
+        tolerance=sizes.tolerance,
+        out=out,
+        progress=progress,
+    )
+
+
+def by_element(run: explaind.Run, recipe: Recipe, sizes: Sizes, out: Path, *, progress: bool) -> explaind.Attribution:
+    """Mean log-probability of the right answer per validation class, by window of steps and single parameter."""
+    return run.attribute(
+        class_means(recipe),
+        by=("query", "window", "element"),
+        windows=sizes.window,
+        tolerance=sizes.tolerance,
+        out=out,
+        progress=progress,
+    )
+
+
+def kernel_machine(run: explaind.Run, recipe: Recipe, sizes: Sizes) -> pd.DataFrame:
+    """How far the kernel machine of the run is from the network: one row."""
+    pairs = recipe.make_split().validation_tokens[: sizes.machine_inputs]
+    fit = explaind.PathKernelModel(run, tolerance=sizes.tolerance).compare(pairs)
+    return pd.DataFrame([vars(fit)])
+
+
+def class_means(recipe: Recipe) -> explaind.Query:
+    """The mean log-probability of the right answer, a query per validation class."""
     split = recipe.make_split()
     labels = split.validation_labels
-    query = explaind.Query(split.validation_tokens, output=explaind.outputs.log_prob(labels))
-    return run.attribute(
-        query.mean(by_class=labels),
-        by=("query", "group", "step", "layer"),
-        groups=dict(enumerate(split.train_labels.tolist())),
-        tolerance=TOLERANCE,
-        progress=progress,
-    )
+    return explaind.Query(split.validation_tokens, output=explaind.outputs.log_prob(labels)).mean(by_class=labels)
 
 
-def by_example(run: explaind.Run, recipe: Recipe, *, progress: bool = True) -> explaind.Attribution:
-    """Log-probability of the right answer of a few validation pairs, by training example and step.
-
-    The pairs are the first ones that the trained network gets right.
-    """
-    split = recipe.make_split()
-    tokens, labels = split.validation_tokens, split.validation_labels
-    trained = recipe.make_model()
+def right_pairs(run: explaind.Run, recipe: Recipe, number: int) -> torch.Tensor:
+    """The first validation pairs that the trained network gets right, as positions `[query]`."""
+    split, trained = recipe.make_split(), recipe.make_model()
     trained.load_state_dict(run.params(run.num_steps))
     with torch.no_grad():
-        right = trained(tokens).argmax(dim=-1) == labels
-    chosen = right.nonzero().flatten()[:NUM_CHOSEN]
-    query = explaind.Query(
-        tokens[chosen],
-        output=explaind.outputs.log_prob(labels[chosen]),
-        names=tuple(f"{a} + {b}" for a, _, b, _ in tokens[chosen].tolist()),
-    )
-    return run.attribute(
-        query,
-        by=("query", "example", "step"),
-        tolerance=TOLERANCE,
-        progress=progress,
-    )
+        right = trained(split.validation_tokens).argmax(dim=-1) == split.validation_labels
+    return right.nonzero().flatten()[:number]
