@@ -1,0 +1,66 @@
+"""How much of each analysis a study makes: all figures at any size, more of it where the run is larger."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["PAPER", "QUICK", "Sizes"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Numbers of queries, repetitions and checkpoints."""
+
+    tolerance: float
+    """Wanted quadrature error, as a part of each query's path length."""
+    single_queries: int
+    """Validation pairs that are explained by every training example."""
+    window: int
+    """Steps of a window of parameter scores."""
+    machine_inputs: int
+    """Validation pairs whose every output the kernel machine predicts."""
+    node_queries: int
+    """Validation pairs on which the closure error is measured against the number of nodes."""
+    node_steps: int
+    """Steps of each phase on which it is."""
+    checkpoints: int
+    """Steps at which weights are swapped and progress is measured."""
+    retrain_seeds: int
+    """Random draws of what is not copied."""
+    retrain_epochs: int
+    """Epochs of each retraining."""
+    perturbed: int
+    """Examples, and parameters, that are removed of each kind: with the largest scores, and at random."""
+    perturbed_steps: int
+    """Last steps of the run that are trained again without an example."""
+
+
+QUICK = Sizes(
+    tolerance=1e-4,
+    single_queries=12,
+    window=50,
+    machine_inputs=4,
+    node_queries=8,
+    node_steps=3,
+    checkpoints=40,
+    retrain_seeds=3,
+    retrain_epochs=300,
+    perturbed=50,
+    perturbed_steps=10,
+)
+"""Minutes."""
+
+PAPER = Sizes(
+    tolerance=1e-4,
+    single_queries=100,
+    window=50,
+    machine_inputs=3,
+    node_queries=20,
+    node_steps=10,
+    checkpoints=100,
+    retrain_seeds=5,
+    retrain_epochs=500,
+    perturbed=200,
+    perturbed_steps=50,
+)
+"""Hours."""
