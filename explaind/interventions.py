@@ -1,7 +1,8 @@
-"""Change the weights of a trained network and see what it still does: swap layers, transplant them, prune.
+"""Change the weights of a trained network: swap layers between steps, transplant them, prune.
 
 A contribution says how training made a prediction; an intervention asks what the prediction would be with other
-weights. Parameters come and go by name, as `run.params(step)` gives them, and `evaluate` runs a model with them.
+weights. Parameters come and go by name, as `run.params(step)` gives them; what a network computes with them is told by
+`explaind.evaluation`.
 """
 
 from __future__ import annotations
@@ -15,11 +16,10 @@ import xarray as xr
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from explaind.errors import ModelMismatchError
-from explaind.replay.model import exchanged, modes
+from explaind.evaluation import check_fit
 from explaind.run import Run
 
-__all__ = ["evaluate", "prune", "swap", "transplant"]
+__all__ = ["prune", "swap", "transplant"]
 
 
 def swap(run: Run, layers: Sequence[str], *, from_step: int, into_step: int) -> dict[str, Tensor]:
@@ -63,7 +63,7 @@ def transplant(run: Run, layers: Sequence[str], *, step: int, model: nn.Module) 
     """
     source = {name: tensor for name, tensor in run.params(step).items() if name in _members(run, layers)}
     own = dict(model.named_parameters())
-    _check_fit(source, own, "the run")
+    check_fit(source, own, given_by="the run", of="the model", same_type=True)
     with torch.no_grad():
         for name, tensor in source.items():
             own[name].copy_(tensor)
@@ -107,30 +107,6 @@ def prune(params: Mapping[str, Tensor], scores: ArrayLike | xr.DataArray, *, fra
     }
 
 
-def evaluate(model: nn.Module, params: Mapping[str, Tensor], *inputs: Any, **named_inputs: Any) -> Any:
-    """What `model(*inputs, **named_inputs)` returns with other parameters, in eval mode and without a gradient.
-
-    Args:
-        model: the architecture; its own parameters and its modes are the same afterwards.
-        params: parameters or buffers by name, in place of the model's own. What is not named is the model's own:
-            to a run that has buffers or frozen parameters belongs `run.params(s) | run.fixed(s)`.
-        inputs: what the model is called with.
-        named_inputs: likewise, by keyword.
-
-    Raises:
-        ModelMismatchError: the model has no parameter or buffer of the name, or one of another shape.
-
-    Example:
-        >>> double = torch.nn.Linear(1, 1, bias=False)
-        >>> evaluate(double, {"weight": torch.tensor([[2.0]])}, torch.tensor([[3.0]])).item()
-        6.0
-    """
-    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    _check_fit(params, own, "params=", same_type=False)
-    with torch.no_grad(), modes(model, False), exchanged(model, params):
-        return model(*inputs, **named_inputs)
-
-
 def _members(run: Run, layers: Iterable[str]) -> set[str]:
     """Names of the parameters of some layers."""
     if isinstance(layers, str):
@@ -142,26 +118,6 @@ def _members(run: Run, layers: Iterable[str]) -> set[str]:
     if strangers := sorted(members.difference(run.table.names)):
         raise ValueError(f"run.layers names {strangers[0]!r}, which is not a parameter of the run.")
     return members
-
-
-def _check_fit(given: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str, *, same_type: bool = True) -> None:
-    """Refuse tensors that the model has no place for."""
-    for name, tensor in given.items():
-        if name not in own:
-            raise ModelMismatchError(
-                f"{source} has {name!r}, which the model has not; it has {', '.join(list(own)[:4])}, …. "
-                "Build the model as it was trained."
-            )
-        if tensor.shape != own[name].shape:
-            raise ModelMismatchError(
-                f"{name!r} has the shape {tuple(tensor.shape)} in {source}, and {tuple(own[name].shape)} in the model. "
-                "Build the model as it was trained."
-            )
-        if same_type and tensor.dtype != own[name].dtype:
-            raise ModelMismatchError(
-                f"{name!r} is {tensor.dtype} in {source}, and {own[name].dtype} in the model. Convert the model with "
-                f"model.to({tensor.dtype})."
-            )
 
 
 def _by_element(scores: ArrayLike | xr.DataArray, total: int) -> NDArray[Any]:
