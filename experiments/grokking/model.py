@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LAYER_GROUPS", "ModularTransformer", "layer_groups"]
+__all__ = ["LAYER_GROUPS", "OUTER", "PIPELINE", "ModularTransformer", "layer_groups"]
 
 LAYER_GROUPS: dict[str, tuple[str, ...]] = {
     "embedding": ("embedding.weight",),
@@ -28,6 +28,12 @@ LAYER_GROUPS: dict[str, tuple[str, ...]] = {
     "decoder": ("decoder.weight",),
 }
 """The paper's six layer groups: group name to parameter names, in forward order."""
+
+OUTER = ("embedding", "linear2", "decoder")
+"""The paper's outer layers: they turn tokens into features, and features into answers."""
+
+PIPELINE = ("attention encoders", "attention decoders", "linear1")
+"""The paper's pipeline: the layers between them."""
 
 
 def layer_groups(model: nn.Module) -> dict[str, list[str]]:

@@ -1,0 +1,1 @@
+"""Summaries of results: arrays in, arrays out, no autograd and no figures."""
