@@ -1,0 +1,204 @@
+"""The layer story over tasks and seeds: `python -m experiments.grokking.across --recipe quick --seeds 5 --out DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from tqdm import tqdm
+
+import explaind
+
+from .decompose import open_study
+from .figures.across import layer_shares
+from .phases import Phases, find_phases
+from .recipe import Recipe
+from .recipes import RECIPES
+from .summary import in_markdown
+from .task import TASKS
+from .training import train
+
+__all__ = ["across", "follow", "layers_by_phase", "main", "run_row"]
+
+TOLERANCE = 1e-3
+"""Wanted quadrature error, as a part of each query's path length; shares of layers need no more."""
+
+
+def layers_by_phase(data: explaind.Attribution, phases: Phases) -> pd.DataFrame:
+    """What the data and the decay did through each layer group in each phase.
+
+    Args:
+        data: By query, step and layer.
+        phases: Of the run.
+
+    Returns:
+        By `phase` and `layer`, with the `start` and `stop` of the phase's steps:
+
+        - `influence`: Σ over queries and steps of |contribution|, the paper's layer influence, in nats. Examples are
+          summed before the absolute value is taken, so what cancels between them within a step is gone;
+        - `share`: its part of the phase;
+        - `decay_influence`: likewise of |decay|; `influence` − `decay_influence` is the paper's balance D;
+        - `contribution`, `decay`: the signed sums over steps, mean over queries, in nats.
+    """
+    frames = []
+    for name, span in phases.spans.items():
+        part = data.dataset[["contribution", "decay"]].sel(step=slice(span.start, span.stop - 1))
+        size, signed = abs(part).sum(["query", "step"]), part.sum("step").mean("query")
+        table = pd.DataFrame(
+            {
+                "layer": part["layer"].values,
+                "influence": size.contribution.values,
+                "share": (size.contribution / size.contribution.sum()).values,
+                "decay_influence": size.decay.values,
+                "contribution": signed.contribution.values,
+                "decay": signed.decay.values,
+            }
+        )
+        frames.append(table.assign(phase=name, start=span.start, stop=span.stop))
+    return pd.concat(frames, ignore_index=True)
+
+
+def run_row(curves: pd.DataFrame, phases: Phases, result: explaind.Attribution) -> pd.DataFrame:
+    """When one run reached what, and the certificate of its decomposition: one row."""
+    closure = result.closure
+    return pd.DataFrame(
+        [
+            {
+                "memorised": phases.memorised,
+                "half_generalised": phases.half_generalised,
+                "generalised": phases.generalised,
+                "num_steps": phases.end,
+                "validation_accuracy_when_memorised": curves["validation_accuracy"].iloc[phases.memorised],
+                "final_validation_accuracy": curves["validation_accuracy"].iloc[-1],
+                "closure_error": closure.error,
+                "quadrature_error": closure.quadrature,
+                "other": closure.other,
+                "rounding": closure.rounding,
+            }
+        ]
+    )
+
+
+def follow(recipe: Recipe, directory: Path) -> None:
+    """Train one run, decompose it and leave `run.csv` and `layers.csv`; the recorded run itself is not kept.
+
+    A run that does not grok leaves a `run.csv` that only says why not.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    store = directory / "run.zarr"
+    curves = train(recipe, store, progress=False)
+    try:
+        phases = find_phases(curves)
+    except ValueError as failure:
+        row = pd.DataFrame([{"failure": str(failure)}])
+    else:
+        split = recipe.make_split()
+        query = explaind.Query(split.validation_tokens, output=explaind.outputs.log_prob(split.validation_labels))
+        result = open_study(recipe, store).attribute(
+            query.mean(by_class=split.validation_labels), by=("query", "step", "layer"), tolerance=TOLERANCE
+        )
+        result.check()
+        row = run_row(curves, phases, result)
+        named(layers_by_phase(result, phases), recipe).to_csv(directory / "layers.csv", index=False)
+    shutil.rmtree(store)
+    unfinished = directory / "run.partial"
+    named(row, recipe).to_csv(unfinished, index=False)
+    unfinished.rename(directory / "run.csv")
+
+
+def named(table: pd.DataFrame, recipe: Recipe) -> pd.DataFrame:
+    """The table with the run that it is of in front of every row."""
+    for name, value in (("seed", recipe.seed), ("architecture", recipe.architecture), ("task", recipe.operation)):
+        table.insert(0, name, value)
+    return table
+
+
+def across(
+    recipe: str, tasks: Sequence[str], seeds: int, directory: Path, *, progress: bool = True
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Follow every task and seed that has not been followed yet.
+
+    Args:
+        recipe: Name of a recipe.
+        tasks: Names of tasks.
+        seeds: How many, from 0.
+        directory: Where each run's tables are kept.
+        progress: Show a progress bar.
+
+    Returns:
+        The runs, one row for each task and seed, and what was done through the layers, one for each task, seed, phase
+        and layer.
+
+    Raises:
+        ValueError: a directory holds a run of another recipe.
+    """
+    recipes = [RECIPES[recipe](seed, task=task) for task in tasks for seed in range(seeds)]
+    places = [directory / f"{chosen.operation}-{chosen.seed}" for chosen in recipes]
+    for chosen, place in zip(recipes, places, strict=True):
+        mark = place / "recipe.txt"
+        if mark.is_file() and mark.read_text() != str(chosen):
+            raise ValueError(f"{place} holds a run of another recipe. Choose another --out.")
+        place.mkdir(parents=True, exist_ok=True)
+        mark.write_text(str(chosen))
+    bar = tqdm(list(zip(recipes, places, strict=True)), desc="runs", disable=None if progress else True)
+    for chosen, place in bar:
+        bar.set_postfix_str(place.name)
+        if not (place / "run.csv").is_file():
+            follow(chosen, place)
+    runs = [pd.read_csv(place / "run.csv") for place in places]
+    layers = [pd.read_csv(place / "layers.csv") for place in places if (place / "layers.csv").is_file()]
+    return pd.concat(runs, ignore_index=True), pd.concat(layers, ignore_index=True) if layers else pd.DataFrame()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Follow what is left, and write `runs.csv`, `layers.csv`, `across.md` and `layer_shares.png` and `.svg`."""
+    options = parse(arguments)
+    directory: Path = options.out
+    try:
+        runs, layers = across(options.recipe, options.tasks, options.seeds, directory, progress=not options.quiet)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped; the same command goes on with the run that was interrupted.\n")
+        return 130
+    runs.to_csv(directory / "runs.csv", index=False)
+    (directory / "across.md").write_text(in_markdown(runs, layers))
+    if len(layers):
+        layers.to_csv(directory / "layers.csv", index=False)
+        figure = layer_shares(layers)
+        for kind in ("png", "svg"):
+            figure.savefig(directory / f"layer_shares.{kind}", dpi=150)
+    sys.stdout.write(f"read {directory / 'across.md'}\n")
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.grokking.across",
+        description="Train every task with several seeds, find the phases and say through which layers the training "
+        "examples acted in each. Runs that are done already are not run again.",
+    )
+    parser.add_argument("--recipe", choices=RECIPES, default="quick", help="what to train (default: quick)")
+    parser.add_argument("--tasks", type=names, default=list(TASKS), help=f"with commas (default: {','.join(TASKS)})")
+    parser.add_argument("--seeds", type=int, default=5, help="how many seeds, from 0 (default: 5)")
+    parser.add_argument("--out", type=Path, required=True, help="directory for tables and figure")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser.parse_args(arguments)
+
+
+def names(text: str) -> list[str]:
+    """Names of tasks out of `addition,division`."""
+    chosen = text.split(",")
+    if unknown := [name for name in chosen if name not in TASKS]:
+        raise argparse.ArgumentTypeError(f"there is no task {unknown[0]!r}; the tasks are {', '.join(TASKS)}")
+    return chosen
+
+
+if __name__ == "__main__":
+    sys.exit(main())
