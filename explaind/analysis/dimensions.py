@@ -8,9 +8,10 @@ import xarray as xr
 from explaind.stream import STEP_AXES
 from explaind.sums import sums
 
-__all__ = ["by_layer", "require", "step_axis", "without_examples"]
+__all__ = ["EXAMPLE_AXES", "by_layer", "require", "step_axis", "without_examples"]
 
-_EXAMPLE_AXES = ("example", "group", "token")
+EXAMPLE_AXES = ("example", "group", "token")
+"""The axes that only contributions have."""
 
 
 def step_axis(term: xr.DataArray) -> str:
@@ -43,7 +44,7 @@ def require(term: xr.DataArray, *axes: str) -> None:
 
 def without_examples(term: xr.DataArray) -> xr.DataArray:
     """The term summed over examples, groups and tokens; read in blocks if it lies in a store."""
-    kept = [str(dim) for dim in term.dims if dim not in _EXAMPLE_AXES]
+    kept = [str(dim) for dim in term.dims if dim not in EXAMPLE_AXES]
     return term if len(kept) == term.ndim else sums(term, kept, np.positive)[0]
 
 

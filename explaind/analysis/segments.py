@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Segmentation", "fitted", "resampled", "segmentations"]
+from explaind.analysis.extras import optional
+
+__all__ = ["FEWEST", "Segmentation", "Series", "fitted", "line_errors", "resampled", "segmentations"]
 
 Series = NDArray[np.float64]
 """`[place, layer]`."""
@@ -42,14 +45,12 @@ def segmentations(series: Series, *, most: int, shortest: int) -> list[Segmentat
         >>> [(one.stops, round(one.error, 12)) for one in segmentations(ramp_and_step, most=1, shortest=3)][1]
         ((4, 7), 0.0)
     """
-    try:
-        from ruptures.base import BaseCost
-        from ruptures.detection import Dynp
-    except ImportError as error:
-        raise ImportError("change points are found with ruptures: pip install 'explaind-tracer[analysis]'.") from error
-    table = line_errors(series).tolist()
+    ruptures = optional("ruptures", purpose="looking for change points", package="ruptures")
+    table: list[list[float]] = line_errors(series).tolist()
 
-    class LineCost(BaseCost):
+    base: Any = ruptures.base.BaseCost
+
+    class LineCost(base):  # type: ignore[misc]
         """Squared error of the line through a segment."""
 
         model, min_size = "line", FEWEST
@@ -59,9 +60,9 @@ def segmentations(series: Series, *, most: int, shortest: int) -> list[Segmentat
             return self
 
         def error(self, start: int, end: int) -> float:
-            return float(table[start][end])
+            return table[start][end]
 
-    search = Dynp(custom_cost=LineCost(), min_size=max(shortest, FEWEST), jump=1).fit(series)
+    search = ruptures.Dynp(custom_cost=LineCost(), min_size=max(shortest, FEWEST), jump=1).fit(series)
     best = []
     for number in range(most + 1):
         stops = tuple(int(stop) for stop in search.predict(n_bkps=number)) if number else (len(series),)
@@ -76,7 +77,8 @@ def line_errors(series: Series) -> NDArray[np.float64]:
 
     def between(values: NDArray[np.float64]) -> NDArray[np.float64]:
         sums = np.concatenate([np.zeros_like(values[:1]), values.cumsum(axis=0)])
-        return sums[None] - sums[:, None]
+        differences: NDArray[np.float64] = sums[None] - sums[:, None]
+        return differences
 
     count = np.maximum(between(np.ones_like(places)), 1)
     y, ty, yy = between(centred), between(places[:, None] * centred), between(np.square(centred).sum(axis=1))
@@ -108,4 +110,5 @@ def resampled(series: Series, stops: Sequence[int], *, block: int, rng: np.rando
     residuals /= np.where(size > 0, size, 1)
     firsts = rng.integers(0, len(series) - block + 1, size=-(-len(series) // block))
     rows = (firsts[:, None] + np.arange(block)).ravel()[: len(series)]
-    return lines + size * residuals[rows]
+    drawn: Series = lines + size * residuals[rows]
+    return drawn

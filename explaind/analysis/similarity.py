@@ -73,4 +73,5 @@ def _cosines(scores: xr.DataArray) -> xr.DataArray:
 def _cosine(rows: NDArray[np.float64]) -> NDArray[np.float64]:
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     units = np.divide(rows, lengths, out=np.full_like(rows, np.nan), where=lengths > 0)
-    return np.clip(units @ units.T, -1, 1)
+    cosines: NDArray[np.float64] = np.clip(units @ units.T, -1, 1)
+    return cosines
