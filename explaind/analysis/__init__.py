@@ -1,1 +1,1 @@
-"""Summaries of results: arrays in, arrays out, no autograd and no figures."""
+"""Summaries and statistics of decompositions: arrays in, arrays out."""
