@@ -1,20 +1,21 @@
-"""Stage 2: what the network learned as sums: by class and layer, by training example, and by single parameter."""
+"""The study's decompositions: by class and layer, by training example, and by single parameter."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 import explaind
 
+from .kernels import partition
 from .model import layer_groups
 from .phases import Phases
-from .recipes import Recipe
+from .recipe import Recipe
+from .scores import validation_pairs
 from .sizes import Sizes
 
-__all__ = ["by_class", "by_element", "by_example", "kernel_machine", "open_study", "right_pairs"]
+__all__ = ["by_class", "by_element", "by_example", "class_means", "kernel_machine", "open_study"]
 
 
 def open_study(recipe: Recipe, store: Path) -> explaind.Run:
@@ -42,16 +43,14 @@ def by_class(run: explaind.Run, recipe: Recipe, sizes: Sizes, out: Path, *, prog
 def by_example(
     run: explaind.Run, recipe: Recipe, sizes: Sizes, phases: Phases, out: Path, *, progress: bool
 ) -> explaind.Attribution:
-    """Log-probability of the right answer of single validation pairs, by training example, phase and layer."""
-    split, chosen = recipe.make_split(), right_pairs(run, recipe, sizes.single_queries)
+    """Log-probability of the right answer of single validation pairs, by training example, window and layer.
+
+    The windows hold every step, and some of them are the short ones of `kernels.windows_across`.
+    """
     return run.attribute(
-        explaind.Query(
-            split.validation_tokens[chosen],
-            output=explaind.outputs.log_prob(split.validation_labels[chosen]),
-            names=chosen.tolist(),
-        ),
+        validation_pairs(recipe, num=sizes.single_queries),
         by=("query", "example", "window", "layer"),
-        windows=phases.spans,
+        windows=partition(phases.spans, num_steps=run.num_steps),
         tolerance=sizes.tolerance,
         out=out,
         progress=progress,
@@ -59,9 +58,9 @@ def by_example(
 
 
 def by_element(run: explaind.Run, recipe: Recipe, sizes: Sizes, out: Path, *, progress: bool) -> explaind.Attribution:
-    """Mean log-probability of the right answer per validation class, by window of steps and single parameter."""
+    """Log-probability of the right answer of single validation pairs, by window of steps and single parameter."""
     return run.attribute(
-        class_means(recipe),
+        validation_pairs(recipe, num=sizes.single_queries),
         by=("query", "window", "element"),
         windows=sizes.window,
         tolerance=sizes.tolerance,
@@ -82,12 +81,3 @@ def class_means(recipe: Recipe) -> explaind.Query:
     split = recipe.make_split()
     labels = split.validation_labels
     return explaind.Query(split.validation_tokens, output=explaind.outputs.log_prob(labels)).mean(by_class=labels)
-
-
-def right_pairs(run: explaind.Run, recipe: Recipe, number: int) -> torch.Tensor:
-    """The first validation pairs that the trained network gets right, as positions `[query]`."""
-    split, trained = recipe.make_split(), recipe.make_model()
-    trained.load_state_dict(run.params(run.num_steps))
-    with torch.no_grad():
-        right = trained(split.validation_tokens).argmax(dim=-1) == split.validation_labels
-    return right.nonzero().flatten()[:number]

@@ -7,12 +7,9 @@ from itertools import pairwise
 
 import xarray as xr
 
-import explaind
+from .recipe import Recipe
 
-from .scores import validation_pairs
-from .task import Split
-
-__all__ = ["kernel_in_windows", "windows_across"]
+__all__ = ["kernel_in_windows", "partition", "windows_across"]
 
 
 def windows_across(phases: Mapping[str, range | slice], *, length: int = 5) -> dict[str, range]:
@@ -42,43 +39,39 @@ def windows_across(phases: Mapping[str, range | slice], *, length: int = 5) -> d
     return windows
 
 
-def kernel_in_windows(
-    run: explaind.Run,
-    split: Split,
-    windows: Mapping[str, range],
-    *,
-    num_queries: int = 100,
-    num_examples: int | None = None,
-    tolerance: float = 1e-4,
-    progress: bool = False,
-) -> xr.DataArray:
-    """The kernel per layer group and window, rows and columns sorted by a + b, then by a.
+def partition(phases: Mapping[str, range | slice], *, num_steps: int) -> dict[str, range]:
+    """All steps of a run in windows: those of `windows_across`, and what lies between them.
+
+    Example:
+        >>> list(partition({"memorisation": range(0, 60)}, num_steps=60))
+        ['start', 'to 28', 'memorisation', 'to 55', 'end']
+    """
+    windows, whole, position = windows_across(phases), dict[str, range](), 0
+    for name, window in sorted(windows.items(), key=lambda entry: entry[1].start):
+        if window.start > position:
+            whole[f"to {window.start}"] = range(position, window.start)
+        whole[name], position = window, window.stop
+    return whole | ({f"to {num_steps}": range(position, num_steps)} if position < num_steps else {})
+
+
+def kernel_in_windows(data: xr.Dataset, recipe: Recipe, phases: Mapping[str, range | slice]) -> xr.DataArray:
+    """The kernel per layer group in the windows of `windows_across`, rows and columns sorted by a + b, then by a.
 
     Args:
-        run: with the layer groups.
-        split: its training and validation pairs.
-        windows: `{name: range(start, stop)}`.
-        num_queries: the first validation pairs.
-        num_examples: the first training pairs; by default all.
-        tolerance: of the path integral, as a part of a query's path.
-        progress: show a progress bar.
+        data: by query, example, window and layer, of the first validation pairs.
+        recipe: that was trained.
+        phases: of its run.
 
     Returns:
         `[query, example, window, layer]` in nats, with coordinates `query_sum` and `example_sum`.
     """
-    query = validation_pairs(split, num=num_queries)
-    kernel = run.kernel(
-        query,
-        None if num_examples is None else range(min(num_examples, len(split.train_labels))),
-        by=("query", "example", "window", "layer"),
-        windows=windows,
-        tolerance=tolerance,
-        progress=progress,
-    )
-    sums = {
-        "query": split.validation_tokens[: kernel.sizes["query"], [0, 2]].numpy(),
-        "example": split.train_tokens[kernel["example"].values][:, [0, 2]].numpy(),
+    split = recipe.make_split()
+    kernel = data.contribution.sel(window=list(windows_across(phases))).load().rename("kernel")
+    tokens = {
+        "query": split.validation_tokens[: kernel.sizes["query"]],
+        "example": split.train_tokens[kernel["example"].values],
     }
-    for axis, pairs in sums.items():
-        kernel = kernel.assign_coords({f"{axis}_sum": (axis, pairs.sum(axis=1)), f"{axis}_a": (axis, pairs[:, 0])})
+    for axis, chosen in tokens.items():
+        a, b = (operand.numpy() for operand in recipe.task.operands(chosen))
+        kernel = kernel.assign_coords({f"{axis}_sum": (axis, a + b), f"{axis}_a": (axis, a)})
     return kernel.sortby(["query_sum", "query_a"]).sortby(["example_sum", "example_a"])

@@ -2,68 +2,51 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+import numpy as np
 import pandas as pd
 import xarray as xr
 
 import explaind
 from explaind.analysis.embedding import embed
 
+from .recipe import Recipe
 from .task import Split
 
-__all__ = ["embedded", "parameter_scores", "sorted_by_sum", "validation_pairs"]
+__all__ = ["by_answer", "embedded", "sorted_by_sum", "validation_pairs"]
 
 
-def validation_pairs(split: Split, *, num: int) -> explaind.Query:
-    """Log-probability of the right answer of the first validation pairs, each called "a + b"."""
+def validation_pairs(recipe: Recipe, *, num: int) -> explaind.Query:
+    """Log-probability of the right answer of the first validation pairs, each called as in "a + b"."""
+    split = recipe.make_split()
     tokens, labels = split.validation_tokens[:num], split.validation_labels[:num]
-    names = tuple(f"{a} + {b}" for a, _, b, _ in tokens.tolist())
+    names = tuple(recipe.task.text(pair) for pair in tokens)
     return explaind.Query(tokens, output=explaind.outputs.log_prob(labels), names=names)
 
 
-def parameter_scores(
-    run: explaind.Run,
-    split: Split,
-    *,
-    num_queries: int = 100,
-    windows: int = 50,
-    tolerance: float = 1e-4,
-    out: Path | None = None,
-    progress: bool = False,
-) -> explaind.Attribution:
-    """What every single parameter did to validation predictions, in windows of steps, for all examples together.
+def by_answer(matrices: xr.DataArray, recipe: Recipe) -> xr.DataArray:
+    """Similarities of the first validation pairs, labelled by their answers; NaN for a pair with itself.
 
     Args:
-        run: with the layer groups.
-        split: its validation pairs.
-        num_queries: how many of these.
-        windows: steps of each.
-        tolerance: of the path integral, as a part of a query's path.
-        out: a new zarr store, read when it is used: two numbers per query, window and parameter.
-        progress: show a progress bar.
+        matrices: `[query, other]`, in the order of the split.
+        recipe: that was trained.
     """
-    return run.attribute(
-        validation_pairs(split, num=num_queries),
-        by=("query", "window", "element"),
-        windows=windows,
-        tolerance=tolerance,
-        out=out,
-        progress=progress,
-    )
+    labels = recipe.make_split().validation_labels[: matrices.sizes["query"]].tolist()
+    others = matrices.where(~np.eye(len(labels), dtype=bool))
+    return others.assign_coords(query=labels, other=labels)
 
 
-def sorted_by_sum(matrices: xr.DataArray, split: Split) -> xr.DataArray:
+def sorted_by_sum(matrices: xr.DataArray, recipe: Recipe) -> xr.DataArray:
     """Similarities of the first validation pairs, sorted by a + b and then by a along both axes.
 
     Args:
         matrices: `[…, query, other]`, in the order of the split.
-        split: the pairs.
+        recipe: that was trained.
 
     Returns:
         The same with the coordinate `sum`, a + b, along `query`.
     """
-    pairs = split.validation_tokens[: matrices.sizes["query"], [0, 2]].tolist()
+    a, b = recipe.task.operands(recipe.make_split().validation_tokens[: matrices.sizes["query"]])
+    pairs = list(zip(a.tolist(), b.tolist(), strict=True))
     order = sorted(range(len(pairs)), key=lambda place: (sum(pairs[place]), pairs[place]))
     labelled = matrices.assign_coords(sum=("query", [a + b for a, b in pairs]))
     return labelled.isel(query=order, other=order)

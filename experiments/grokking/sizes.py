@@ -31,13 +31,15 @@ class Sizes:
     """Epochs of each retraining."""
     perturbed: int
     """Examples, and parameters, that are removed of each kind: with the largest scores, and at random."""
+    perturbed_queries: int
+    """Validation pairs that are predicted without them."""
     perturbed_steps: int
     """Last steps of the run that are trained again without an example."""
 
 
 QUICK = Sizes(
     tolerance=1e-4,
-    single_queries=12,
+    single_queries=60,
     window=50,
     machine_inputs=4,
     node_queries=8,
@@ -46,6 +48,7 @@ QUICK = Sizes(
     retrain_seeds=3,
     retrain_epochs=300,
     perturbed=50,
+    perturbed_queries=5,
     perturbed_steps=10,
 )
 """Minutes."""
@@ -61,6 +64,7 @@ PAPER = Sizes(
     retrain_seeds=5,
     retrain_epochs=500,
     perturbed=200,
+    perturbed_queries=10,
     perturbed_steps=50,
 )
 """Hours."""

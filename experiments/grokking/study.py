@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -135,4 +134,4 @@ class Study:
         work()
         partial = self.directory / "seconds.partial"
         partial.write_text(json.dumps(self.seconds | {name: time.perf_counter() - start}, indent=1))
-        os.replace(partial, self.directory / "seconds.json")
+        partial.replace(self.directory / "seconds.json")

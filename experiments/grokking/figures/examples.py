@@ -8,38 +8,33 @@ from matplotlib.figure import Figure
 from explaind import Attribution
 from explaind.plots import plot_examples
 
-from ..task import Split
+from ..recipe import Recipe
 
 __all__ = ["top_examples"]
 
 
-def top_examples(examples: Attribution, split: Split) -> Figure:
+def top_examples(examples: Attribution, recipe: Recipe, *, most: int = 6) -> Figure:
     """The training pairs that raised and lowered each chosen prediction most.
 
     Args:
-        examples: by query and example, with queries called "a + b".
-        split: the tokens of the examples.
+        examples: by query and example, of the first validation pairs.
+        recipe: that was trained.
+        most: how many predictions.
     """
-    names = examples.dataset["query"].values.tolist()
+    split, task = recipe.make_split(), recipe.task
+    names = examples.dataset["query"].values.tolist()[:most]
     figure, grid = plt.subplots(2, -(-len(names) // 2), figsize=(13, 8.5), layout="constrained", squeeze=False)
-    tokens, labels = split.train_tokens, split.train_labels
 
     def text(example: int) -> str:
-        a, _, b, _ = tokens[int(example)].tolist()
-        return f"{a} + {b} = {int(labels[int(example)])}"
+        return f"{task.text(split.train_tokens[int(example)])} = {int(split.train_labels[int(example)])}"
 
-    for axes, name in zip(grid.flat, names, strict=False):
+    answers = split.validation_labels.tolist()
+    for axes, name, answer in zip(grid.flat, names, answers, strict=False):
         plot_examples(examples, query=name, num=6, label=text, ax=axes)
-        axes.set_title(f"{name} = {answer(name, int(labels.max()) + 1)}")
+        axes.set_title(f"{name} = {answer}")
         axes.set_xlabel("contribution to the\nlog-probability (nats)")
         axes.set_ylabel("")
     for axes in grid.flat[len(names) :]:
         axes.set_visible(False)
     figure.suptitle("Training pairs that raised (blue) and lowered (orange, hatched) a validation prediction most")
     return figure
-
-
-def answer(name: str, modulus: int) -> int:
-    """The right answer to a query called "a + b"."""
-    a, b = (int(part) for part in name.split("+"))
-    return (a + b) % modulus

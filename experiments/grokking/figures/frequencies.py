@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from explaind.plots.style import line_styles
 
-from ..phases import Phases
-from .decomposition import name_phases, shade
+from .layout import Phases, over_steps
 
 __all__ = ["frequency_fit", "frequency_spectra", "progress_curves"]
 
@@ -69,10 +69,8 @@ def progress_curves(losses: pd.DataFrame, phases: Phases) -> Figure:
         part = losses[losses["measure"] == measure]
         axes.plot(part["step"], part["loss"], label=_LABELS.get(measure, measure), **style)
     axes.set_yscale("log")
-    axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats)")
-    shade(axes, phases)
-    name_phases(axes, phases)
+    over_steps([axes], phases)
     axes.legend(fontsize="small")
     figure.suptitle("The general solution forms before it shows: losses with and without the key frequencies")
     return figure
@@ -84,7 +82,7 @@ _LABELS = {
 }
 
 
-def _mark(axes: plt.Axes, frequencies: pd.Series[int], values: pd.Series[float], key: Sequence[int]) -> None:
+def _mark(axes: Axes, frequencies: pd.Series[int], values: pd.Series[float], key: Sequence[int]) -> None:
     """Bars over frequencies; those of key frequencies stand out."""
     for chosen, colour, hatch, label in ((False, _PLAIN, "", "other"), (True, _KEY, "//", "key frequency")):
         part = frequencies.isin(list(key)) == chosen

@@ -11,8 +11,7 @@ from matplotlib.figure import Figure
 from explaind.plots.style import line_styles
 
 from ..model import LAYER_GROUPS
-from ..phases import Phases
-from .decomposition import name_phases, shade
+from .layout import Phases, over_steps
 
 __all__ = ["SET_STYLES", "swapped_accuracy"]
 
@@ -43,9 +42,8 @@ def swapped_accuracy(curves: pd.DataFrame, phases: Phases) -> Figure:
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set_ylabel("validation accuracy,\nhybrid − network of the step")
         axes.legend(title=f"final weights in this {title}", fontsize="small", ncols=2, loc="lower left")
-        shade(axes, phases)
+    over_steps(panels, phases)
     panels[1].set_xlabel("step whose weights all other layers have")
-    name_phases(panels[0], phases)
     figure.suptitle(
         "Final weights in earlier networks: above zero, the rest was ready for what these layers had to learn"
     )
