@@ -47,6 +47,7 @@ def swapped_accuracy(curves: pd.DataFrame, phases: Phases) -> Figure:
     panels[1].set_xlabel("step whose weights all other layers have")
     name_phases(panels[0], phases)
     figure.suptitle(
-        "Final weights in earlier networks: above zero, the rest was ready for what these layers had to learn"
+        "Final weights in earlier networks, without training.\n"
+        "Above zero: the rest of the network could already use what these layers had still to learn"
     )
     return figure
