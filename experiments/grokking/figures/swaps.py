@@ -45,6 +45,7 @@ def swapped_accuracy(curves: pd.DataFrame, phases: Phases) -> Figure:
     over_steps(panels, phases)
     panels[1].set_xlabel("step whose weights all other layers have")
     figure.suptitle(
-        "Final weights in earlier networks: above zero, the rest was ready for what these layers had to learn"
+        "Final weights in earlier networks, without training.\n"
+        "Above zero: the rest of the network could already use what these layers had still to learn"
     )
     return figure
