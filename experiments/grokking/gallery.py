@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ mpl.use("Agg")  # figures go to files, also where there is no screen
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 from explaind.plots import save_figure
 from explaind.plots.saving import Data
@@ -145,12 +145,9 @@ GALLERY: dict[str, Callable[[Results], Drawn]] = {
 
 def draw_all(results: Results, directory: Path) -> None:
     """Draw every picture that is not there yet, as PNG and SVG with its data beside it; computes what they need."""
-    for name, picture in GALLERY.items():
-        if (directory / f"{name}.drawn").is_file():
-            continue
-        if results.study.progress:
-            print(f"{name} …", file=sys.stderr)
-        figure, shown = picture(results)
+    missing = [name for name in GALLERY if not (directory / f"{name}.drawn").is_file()]
+    for name in tqdm(missing, "figures", unit="figure", disable=None if results.study.progress else True):
+        figure, shown = GALLERY[name](results)
         save_figure(figure, directory / name, data=shown)
         plt.close(figure)
         (directory / f"{name}.drawn").touch()

@@ -74,4 +74,5 @@ def kernel_in_windows(data: xr.Dataset, recipe: Recipe, phases: Mapping[str, ran
     for axis, chosen in tokens.items():
         a, b = (operand.numpy() for operand in recipe.task.operands(chosen))
         kernel = kernel.assign_coords({f"{axis}_sum": (axis, a + b), f"{axis}_a": (axis, a)})
-    return kernel.sortby(["query_sum", "query_a"]).sortby(["example_sum", "example_a"])
+    ordered: xr.DataArray = kernel.sortby(["query_sum", "query_a"]).sortby(["example_sum", "example_a"])
+    return ordered

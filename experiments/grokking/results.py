@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
 
 import pandas as pd
 import xarray as xr
@@ -15,7 +15,7 @@ from explaind.analysis.similarity import similarity, window_similarity
 
 from . import decompose, frequencies, kernels, measures, scores
 from .nodes import closure_by_nodes
-from .perturbations import perturb_elements, perturb_examples
+from .perturbations import element_scores, perturb_elements, perturb_examples
 from .progress import progress_over_steps
 from .pruning import prune_curves
 from .retraining import conditions, mean_and_spread, retrain
@@ -177,7 +177,8 @@ class Results:
     @cached_property
     def change_points(self) -> pd.DataFrame:
         """Where they are, with intervals."""
-        number = int(self.change_point_number.set_index("chosen").loc[True, "number"])
+        numbers = self.change_point_number
+        number = int(numbers["number"][numbers["chosen"]].iloc[0])
         return self.study.table("change_points", lambda: segments.change_points(self.layer_shares, number))
 
     # ---------------------------------------------------------------- frequencies
@@ -229,9 +230,7 @@ class Results:
         return [
             s.table(
                 f"retrained/{condition.name.replace(' ', '_')}-{seed}",
-                lambda condition=condition, seed=seed: retrain(
-                    s.recipe, s.run, condition, seed=seed, epochs=self.sizes.retrain_epochs
-                ),
+                partial(retrain, s.recipe, s.run, condition, seed=seed, epochs=self.sizes.retrain_epochs),
             )
             for condition in conditions(s.phases)
             for seed in range(self.sizes.retrain_seeds)
@@ -264,10 +263,12 @@ class Results:
                 progress=s.progress,
             ),
         )
-        data = self.by_element.dataset.isel(query=slice(0, self.sizes.perturbed_queries)).sum("window")
+        chosen = self.by_element.dataset.isel(query=slice(0, self.sizes.perturbed_queries))
         elements = s.table(
             "perturbed_elements",
-            lambda: perturb_elements(s.run, query, data, num_chosen=self.sizes.perturbed, progress=s.progress),
+            lambda: perturb_elements(
+                s.run, query, element_scores(chosen), num_chosen=self.sizes.perturbed, progress=s.progress
+            ),
         )
         return pd.concat([examples, elements], ignore_index=True)
 

@@ -12,14 +12,12 @@ from pathlib import Path
 
 import pandas as pd
 import xarray as xr
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
 
 import explaind
 
 from .decompose import open_study
 from .phases import Phases, find_phases
-from .recipes import Recipe
+from .recipe import Recipe
 from .task import Split
 from .training import train
 
@@ -102,7 +100,8 @@ class Study:
             shutil.rmtree(partial, ignore_errors=True)
             self._timed(name, lambda: compute().to_zarr(partial, consolidated=False))
             partial.rename(path)
-        return xr.open_zarr(path, consolidated=False, chunks=None)
+        kept: xr.Dataset = xr.open_zarr(path, consolidated=False, chunks=None)
+        return kept
 
     def attribution(self, name: str, compute: Callable[[Path], explaind.Attribution]) -> explaind.Attribution:
         """A decomposition, as `name.zarr`; its function writes it there with `out=` and checks that it closes."""
@@ -114,14 +113,6 @@ class Study:
             self._timed(name, lambda: compute(unchecked).check())
             unchecked.rename(path)
         return explaind.Attribution.open(path)
-
-    def figure(self, name: str, draw: Callable[[], Figure]) -> None:
-        """A picture, as `figures/name.png` and `.svg`; drawn anew each time, which is quick."""
-        (self.directory / "figures").mkdir(exist_ok=True)
-        figure = draw()
-        for kind in ("png", "svg"):
-            figure.savefig(self.directory / "figures" / f"{name}.{kind}", dpi=150)
-        plt.close(figure)
 
     @property
     def seconds(self) -> dict[str, float]:
