@@ -98,7 +98,7 @@ def _balance(r: Results) -> Claim:
 def _alignment(r: Results) -> Claim:
     epochs = first_epochs(r.retrained_parts)
     outer = epochs[epochs["condition"] == "grokked outer layers"]
-    others = {name: part["last_accuracy"] for name, part in epochs.groupby("condition", sort=False)}
+    others = {str(name): part["last_accuracy"] for name, part in epochs.groupby("condition", sort=False)}
     reached = outer["epoch"].dropna()
     when = f", after {reached.min():.0f}–{reached.max():.0f} epochs" if len(reached) else ""
     rest = "; ".join(
@@ -132,7 +132,7 @@ def _frequencies(r: Results) -> Claim:
 def _machine(r: Results) -> Claim:
     (fit,) = r.kernel_machine.to_dict("records")
     return Claim(
-        theirs="The kernel machine predicts as the network does: argmax agreement 1.0, KL 0.0, with 100 nodes per step.",
+        theirs="The kernel machine predicts as the network does: argmax agreement 1.0, KL 0.0, by 100 nodes per step.",
         ours=f"On {fit['num_inputs']:.0f} pairs and all their outputs the argmax agrees on "
         f"{fit['argmax_agreement']:.0%}, KL {fit['kl']:.0e} nats, error {fit['mean_error']:.0e} nats on average and "
         f"{fit['max_error']:.0e} at most.",
@@ -144,14 +144,14 @@ def _machine(r: Results) -> Claim:
 def _nodes(r: Results) -> Claim:
     adaptive = r.nodes[r.nodes["family"].str.startswith("adaptive")]
     midpoint = r.nodes[r.nodes["family"] == "midpoint"]
-    best = midpoint.loc[midpoint["mean_error"].idxmin()]
+    best = midpoint.sort_values("mean_error").iloc[0]
     enough = adaptive[adaptive["mean_error"] <= best["mean_error"]]
     found = enough["nodes"].min() if len(enough) else np.nan
     return Claim(
         theirs="100 nodes per step are used; how many are enough is left open.",
         ours=f"Midpoint leaves {best['mean_error']:.0e} nats with {best['nodes']:.0f} nodes per step; with averaged "
-        f"kinks and as many nodes as a step needs, {found:.1f} on average leave less. The rule: divide a step until its "
-        "own measured error is within its part of the tolerance.",
+        f"kinks and as many nodes as a step needs, {found:.1f} on average leave less. The rule: divide a step until "
+        "its own measured error is within its part of the tolerance.",
         verdict="refines",
         figure="nodes",
     )
@@ -178,8 +178,8 @@ def _cancellation(r: Results) -> Claim:
     ratios = r.cancellation.set_index("over")["mean"]
     return Claim(
         theirs="Single contributions cancel strongly.",
-        ours=f"Of the absolute contributions of single examples {ratios['examples']:.1%} is left in their sum, of those "
-        f"of examples, windows and layers {ratios['examples, windows and layers']:.1%}.",
+        ours=f"Of the absolute contributions of single examples {ratios['examples']:.1%} is left in their sum, of "
+        f"those of examples, windows and layers {ratios['examples, windows and layers']:.1%}.",
         verdict="agrees" if float(ratios.max()) < 0.5 else "disagrees",
         figure="top_examples",
     )
