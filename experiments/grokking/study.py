@@ -116,13 +116,15 @@ class Study:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Wall time that each result took, by name."""
+        """Wall time that each result took by itself, by name."""
         path = self.directory / "seconds.json"
         return json.loads(path.read_text()) if path.is_file() else {}
 
     def _timed(self, name: str, work: Callable[[], object]) -> None:
-        start = time.perf_counter()
+        start, before = time.perf_counter(), sum(self.seconds.values())
         work()
+        needed = sum(self.seconds.values()) - before  # by other results, which were computed on the way
+        own = time.perf_counter() - start - needed
         partial = self.directory / "seconds.partial"
-        partial.write_text(json.dumps(self.seconds | {name: time.perf_counter() - start}, indent=1))
+        partial.write_text(json.dumps(self.seconds | {name: own}, indent=1))
         partial.replace(self.directory / "seconds.json")
