@@ -15,7 +15,8 @@ __all__ = ["retrained_accuracy"]
 _STYLES: dict[str, dict[str, Any]] = {
     "grokked outer layers": SET_STYLES["outer"],
     "grokked pipeline": SET_STYLES["pipeline"],
-    "memorised outer layers": SET_STYLES["outer"] | {"linestyle": ":"},
+    "memorised outer layers": {"color": "#CC6677", "linestyle": (0, (3, 1, 1, 1))},
+    "half-memorised outer layers": {"color": "#DDCC77", "linestyle": ":"},
     "nothing": {"color": "0.45", "linestyle": (0, (5, 1))},
 }
 
