@@ -36,7 +36,7 @@ class Condition:
 def conditions(curves: pd.DataFrame, phases: Phases) -> tuple[Condition, ...]:
     """The paper's two directions, and controls that tell grokked layers from trained ones, and from none.
 
-    Modulo 113 validation accuracy rises before all training pairs are memorised; when half of them are, it does not yet.
+    Modulo 113, validation accuracy rises before all training pairs are memorised; when half of them are, not yet.
 
     Args:
         curves: learning curves, one row per step; gives when training accuracy first was 0.5.
