@@ -131,13 +131,15 @@ def test_a_retrained_network_begins_with_what_was_copied(run):
     ]
 
 
-def test_retraining_differs_by_condition_and_seed(run):
-    parts = [retrain(RECIPE, run, each, seed=seed, epochs=3) for each in conditions(PHASES) for seed in (0, 1)]
-    again = retrain(RECIPE, run, conditions(PHASES)[1], seed=1, epochs=3)
+def test_retraining_differs_by_condition_and_seed(recorded):
+    curves, run = recorded
+    chosen = conditions(curves.assign(train_accuracy=[0.2, 0.4, 0.6, *[0.4] * 4, *[1.0] * 6]), PHASES)
+    parts = [retrain(RECIPE, run, each, seed=seed, epochs=3) for each in chosen for seed in (0, 1)]
+    again = retrain(RECIPE, run, chosen[1], seed=1, epochs=3)
     pd.testing.assert_frame_equal(again, parts[3])
-    assert [each.step for each in conditions(PHASES)] == [12, 12, 4, 0]
+    assert [each.step for each in chosen] == [12, 12, 4, 2, 0]
     joined = mean_and_spread(parts)
-    assert len(joined) == 4 * 2 * 4 and (joined["num_seeds"] == 2).all()
+    assert len(joined) == 5 * 2 * 4 and (joined["num_seeds"] == 2).all()
     one = joined.query("condition == 'nothing' and split == 'validation' and epoch == 3").iloc[0]
     values = [part.query("split == 'validation' and epoch == 3")["accuracy"].item() for part in parts[-2:]]
     assert (one["mean"], one["std"]) == pytest.approx((np.mean(values), np.std(values, ddof=1)))

@@ -33,12 +33,21 @@ class Condition:
     """The checkpoint that they come from."""
 
 
-def conditions(phases: Phases) -> tuple[Condition, ...]:
-    """The paper's two directions, and two controls that tell grokked layers from trained ones, and from none."""
+def conditions(curves: pd.DataFrame, phases: Phases) -> tuple[Condition, ...]:
+    """The paper's two directions, and controls that tell grokked layers from trained ones, and from none.
+
+    Modulo 113, validation accuracy rises before all training pairs are memorised; when half of them are, not yet.
+
+    Args:
+        curves: learning curves, one row per step; gives when training accuracy first was 0.5.
+        phases: of the same run.
+    """
+    half = int((curves["train_accuracy"] >= 0.5).to_numpy().argmax())
     return (
         Condition(name="grokked outer layers", layers=OUTER, step=phases.end),
         Condition(name="grokked pipeline", layers=PIPELINE, step=phases.end),
         Condition(name="memorised outer layers", layers=OUTER, step=phases.memorised),
+        Condition(name="half-memorised outer layers", layers=OUTER, step=half),
         Condition(name="nothing", layers=(), step=0),
     )
 

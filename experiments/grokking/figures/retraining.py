@@ -15,7 +15,8 @@ __all__ = ["retrained_accuracy"]
 _STYLES: dict[str, dict[str, Any]] = {
     "grokked outer layers": SET_STYLES["outer"],
     "grokked pipeline": SET_STYLES["pipeline"],
-    "memorised outer layers": SET_STYLES["outer"] | {"linestyle": ":"},
+    "memorised outer layers": {"color": "#CC6677", "linestyle": (0, (3, 1, 1, 1))},
+    "half-memorised outer layers": {"color": "#997700", "linestyle": ":"},
     "nothing": {"color": "0.45", "linestyle": (0, (5, 1))},
 }
 
@@ -47,7 +48,7 @@ def retrained_accuracy(curves: pd.DataFrame) -> Figure:
         *panels[0].get_legend_handles_labels(),
         title="copied; all else drawn from 0.1 · N(0, 1)",
         loc="outside lower center",
-        ncols=4,
+        ncols=3,
     )
     figure.suptitle(f"All weights trained again, with some copied at the beginning ({curves['num_seeds'].max()} seeds)")
     return figure
