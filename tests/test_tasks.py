@@ -2,6 +2,7 @@
 
 import math
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
@@ -24,6 +25,12 @@ OPERATIONS = {
     "multiplication": lambda a, b: a * b,
     "division": lambda a, b: a * pow(b, -1, 7),
 }
+
+
+@pytest.fixture(autouse=True)
+def closed_figures():
+    yield
+    plt.close("all")
 
 
 def small(task, *, positional=False, seed=0):

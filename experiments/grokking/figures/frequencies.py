@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from explaind.plots.style import line_styles
@@ -84,7 +85,7 @@ _LABELS = {
 }
 
 
-def _mark(axes: plt.Axes, frequencies: pd.Series[int], values: pd.Series[float], key: Sequence[int]) -> None:
+def _mark(axes: Axes, frequencies: pd.Series[int], values: pd.Series[float], key: Sequence[int]) -> None:
     """Bars over frequencies; those of key frequencies stand out."""
     for chosen, colour, hatch, label in ((False, _PLAIN, "", "other"), (True, _KEY, "//", "key frequency")):
         part = frequencies.isin(list(key)) == chosen
