@@ -54,7 +54,8 @@ def in_markdown(runs: pd.DataFrame, layers: pd.DataFrame) -> str:
             "## Through which layers",
             "",
             "Share of each layer group in a step's Σ |contribution| over validation classes, mean over the phase's "
-            "steps; and decay / data, Σ |decay| by Σ |contribution| over the phase. Mean ± standard deviation over seeds.",
+            "steps; and decay / data, Σ |decay| by Σ |contribution| over the phase. Mean ± standard deviation over "
+            "seeds.",
             "",
             *_table(["task", "architecture", "phase", "seeds", *names, "decay / data"], rows),
         ]
