@@ -2,6 +2,7 @@
 
 import math
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -24,6 +25,12 @@ from experiments.grokking.progress import progress_measures, progress_over_steps
 from experiments.grokking.recipe import Recipe, StopRule
 from experiments.grokking.task import TASKS, make_task
 from experiments.grokking.training import train
+
+
+@pytest.fixture(autouse=True)
+def closed_figures():
+    yield
+    plt.close("all")
 
 
 class Wave(torch.nn.Module):
@@ -123,6 +130,16 @@ def test_the_penalty_takes_its_part_of_the_largest_amplitude_off_each():
     matrix = cyclic(lambda d: math.cos(2 * math.pi * d / 11) + 0.4 * math.cos(2 * math.pi * 4 * d / 11), cycle)
     weights = fit_frequencies(matrix, cycle, penalty=0.1).set_index("frequency")["weight"]
     np.testing.assert_allclose(weights, [0.9, 0, 0, 0.3, 0], atol=1e-3)
+
+
+def test_a_peak_at_equal_classes_is_no_frequency():
+    cycle = range(11)
+    matrix = cyclic(lambda d: 3.0 * (d == 0) + math.cos(2 * math.pi * 4 * d / 11), cycle)
+    everywhere = fit_frequencies(matrix, cycle).set_index("frequency")["weight"]
+    assert (everywhere > 0.3).all()
+    waves = fit_frequencies(matrix, cycle, equal_classes=False).set_index("frequency")["weight"]
+    assert waves[4] > 0.8
+    assert waves.drop(4).abs().max() < 0.1 * waves[4]
 
 
 def test_the_profile_is_a_mean_over_equal_differences():

@@ -2,6 +2,7 @@
 
 import math
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
@@ -24,6 +25,12 @@ OPERATIONS = {
     "multiplication": lambda a, b: a * b,
     "division": lambda a, b: a * pow(b, -1, 7),
 }
+
+
+@pytest.fixture(autouse=True)
+def closed_figures():
+    yield
+    plt.close("all")
 
 
 def small(task, *, positional=False, seed=0):
@@ -195,7 +202,7 @@ def test_the_table_over_tasks_and_seeds(tiny, tmp_path, monkeypatch, capsys):
     follow, followed = across.follow, []
 
     def interrupted(recipe, directory):
-        if recipe.operation == "division":
+        if recipe.operation == "division" and recipe.seed == 1:
             raise KeyboardInterrupt
         followed.append((recipe.operation, recipe.seed))
         follow(recipe, directory)
@@ -203,16 +210,18 @@ def test_the_table_over_tasks_and_seeds(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(across, "follow", interrupted)
     assert across.main(arguments) == 130
     assert "goes on with the run" in capsys.readouterr().err
-    assert followed == [("addition", 0), ("addition", 1)]
+    assert followed == [("addition", 0), ("division", 0), ("addition", 1)]
 
     monkeypatch.setattr(across, "follow", lambda *run: (followed.append((run[0].operation, run[0].seed)), follow(*run)))
     assert across.main(arguments) == 0
-    assert followed[2:] == [("division", 0), ("division", 1)]
+    assert followed[3:] == [("division", 1)]
     runs, layers = pd.read_csv(tmp_path / "runs.csv"), pd.read_csv(tmp_path / "layers.csv")
-    assert runs["seed"].tolist() == [0, 1, 0, 1]
-    assert runs["failure"].notna().tolist() == [False, True, False, True]
+    assert runs["seed"].tolist() == [0, 0, 1, 1]
+    assert runs["failure"].notna().tolist() == [False, False, True, True]
     assert (runs["closure_error"].dropna() <= 1e-12).all()
-    assert layers.groupby(["task", "phase"])["share"].sum().tolist() == pytest.approx(6 * [1.0])
+    for share in ("share", "mean_share"):
+        assert layers.groupby(["task", "phase"])[share].sum().tolist() == pytest.approx(6 * [1.0])
+    assert len(pd.read_csv(tmp_path / "division-0" / "steps.csv")) == 12 * 6
     page = (tmp_path / "across.md").read_text()
     assert "| division | position-free | 0 | 3 | 8 | 10 | 12 |" in page
     assert "did not grok" in page
@@ -226,6 +235,20 @@ def test_the_table_over_tasks_and_seeds(tiny, tmp_path, monkeypatch, capsys):
     assert "there is no task 'power'" in capsys.readouterr().err
 
 
+def test_a_phase_sums_its_steps_and_a_spike_counts_once_in_the_mean():
+    steps = pd.DataFrame(
+        [(0, "a", 1.0), (0, "b", 3.0), (1, "a", 2.0), (1, "b", 2.0), (2, "a", 90.0), (2, "b", 10.0), (3, "a", 1.0)],
+        columns=["step", "layer", "influence"],
+    ).assign(decay_influence=0.5, contribution=-1.0, decay=0.25)
+    table = across.layers_by_phase(steps, across.Phases(memorised=1, half_generalised=3, generalised=3, end=3))
+    rows = table.set_index(["phase", "layer"])
+    assert rows.loc[("memorisation", "b"), ["start", "stop", "share", "mean_share"]].tolist() == [0, 1, 0.75, 0.75]
+    circuit = rows.loc[("circuit formation", "a")]
+    assert circuit[["influence", "decay_influence", "contribution", "decay"]].tolist() == [92.0, 1.0, -2.0, 0.5]
+    assert circuit["share"] == pytest.approx(92 / 104)
+    assert circuit["mean_share"] == pytest.approx((0.5 + 0.9) / 2)
+
+
 def rows(shares):
     return pd.DataFrame(
         [
@@ -234,7 +257,7 @@ def rows(shares):
             for phase in ("memorisation", "generalisation")
             for layer, share in shares[seed].items()
         ],
-        columns=["task", "architecture", "seed", "phase", "layer", "share", "influence", "decay_influence"],
+        columns=["task", "architecture", "seed", "phase", "layer", "mean_share", "influence", "decay_influence"],
     )
 
 

@@ -22,44 +22,70 @@ from .summary import in_markdown
 from .task import TASKS
 from .training import train
 
-__all__ = ["across", "follow", "layers_by_phase", "main", "run_row"]
+__all__ = ["across", "by_layer", "follow", "layers_by_phase", "layers_by_step", "main", "run_row"]
 
-TOLERANCE = 1e-3
+TOLERANCE = 1e-2
 """Wanted quadrature error, as a part of each query's path length; shares of layers need no more."""
 
+PAIRS_PER_CLASS = 3
+"""At most so many validation pairs for each answer, on average: the cost grows with them."""
 
-def layers_by_phase(data: explaind.Attribution, phases: Phases) -> pd.DataFrame:
-    """What the data and the decay did through each layer group in each phase.
+
+def layers_by_step(data: explaind.Attribution) -> pd.DataFrame:
+    """What the data and the decay did through each layer group in each step.
 
     Args:
         data: By query, step and layer.
+
+    Returns:
+        By `step` and `layer`, in nats:
+
+        - `influence`: Σ over queries of |contribution|, the paper's layer influence. Examples are summed before the
+          absolute value is taken, so what cancels between them within a step is gone;
+        - `decay_influence`: likewise of |decay|; `influence` − `decay_influence` is the paper's balance D;
+        - `contribution`, `decay`: mean over queries.
+    """
+    terms = data.dataset[["contribution", "decay"]]
+    size, signed = abs(terms).sum("query"), terms.mean("query")
+    table = {
+        "influence": size.contribution,
+        "decay_influence": size.decay,
+        "contribution": signed.contribution,
+        "decay": signed.decay,
+    }
+    return pd.DataFrame({name: term.to_series() for name, term in table.items()}).reset_index()
+
+
+def layers_by_phase(steps: pd.DataFrame, phases: Phases) -> pd.DataFrame:
+    """What was done through each layer group in each phase.
+
+    Args:
+        steps: From :func:`layers_by_step`.
         phases: Of the run.
 
     Returns:
-        By `phase` and `layer`, with the `start` and `stop` of the phase's steps:
-
-        - `influence`: Σ over queries and steps of |contribution|, the paper's layer influence, in nats. Examples are
-          summed before the absolute value is taken, so what cancels between them within a step is gone;
-        - `share`: its part of the phase;
-        - `decay_influence`: likewise of |decay|; `influence` − `decay_influence` is the paper's balance D;
-        - `contribution`, `decay`: the signed sums over steps, mean over queries, in nats.
+        By `phase` and `layer`, with the `start` and `stop` of its steps: the columns of `steps` summed over them;
+        `share`, the layer's part of the phase's influence, in which large steps count for more; and `mean_share`, the
+        mean over steps of its part of the step's influence, in which a spike of the loss counts as any other step.
     """
+    total = steps.groupby("step")["influence"].transform("sum")
+    steps = steps.assign(mean_share=steps["influence"] / total)
     frames = []
     for name, span in phases.spans.items():
-        part = data.dataset[["contribution", "decay"]].sel(step=slice(span.start, span.stop - 1))
-        size, signed = abs(part).sum(["query", "step"]), part.sum("step").mean("query")
-        table = pd.DataFrame(
-            {
-                "layer": part["layer"].values,
-                "influence": size.contribution.values,
-                "share": (size.contribution / size.contribution.sum()).values,
-                "decay_influence": size.decay.values,
-                "contribution": signed.contribution.values,
-                "decay": signed.decay.values,
-            }
-        )
+        groups = steps[steps["step"].between(span.start, span.stop - 1)].groupby("layer", sort=False)
+        table = groups[["influence", "decay_influence", "contribution", "decay"]].sum().reset_index()
+        table["share"] = table["influence"] / table["influence"].sum()
+        table["mean_share"] = groups["mean_share"].mean().to_numpy()
         frames.append(table.assign(phase=name, start=span.start, stop=span.stop))
     return pd.concat(frames, ignore_index=True)
+
+
+def by_layer(recipe: Recipe, store: Path) -> explaind.Attribution:
+    """Mean log-probability of the right answer per validation class, by step and layer group."""
+    split, num = recipe.make_split(), PAIRS_PER_CLASS * len(recipe.task.cycle)
+    tokens, labels = split.validation_tokens[:num], split.validation_labels[:num]
+    query = explaind.Query(tokens, output=explaind.outputs.log_prob(labels)).mean(by_class=labels)
+    return open_study(recipe, store).attribute(query, by=("query", "step", "layer"), tolerance=TOLERANCE)
 
 
 def run_row(curves: pd.DataFrame, phases: Phases, result: explaind.Attribution) -> pd.DataFrame:
@@ -84,7 +110,7 @@ def run_row(curves: pd.DataFrame, phases: Phases, result: explaind.Attribution) 
 
 
 def follow(recipe: Recipe, directory: Path) -> None:
-    """Train one run, decompose it and leave `run.csv` and `layers.csv`; the recorded run itself is not kept.
+    """Train one run, decompose it and leave `run.csv`, `steps.csv` and `layers.csv`; the recorded run is not kept.
 
     A run that does not grok leaves a `run.csv` that only says why not.
     """
@@ -96,14 +122,12 @@ def follow(recipe: Recipe, directory: Path) -> None:
     except ValueError as failure:
         row = pd.DataFrame([{"failure": str(failure)}])
     else:
-        split = recipe.make_split()
-        query = explaind.Query(split.validation_tokens, output=explaind.outputs.log_prob(split.validation_labels))
-        result = open_study(recipe, store).attribute(
-            query.mean(by_class=split.validation_labels), by=("query", "step", "layer"), tolerance=TOLERANCE
-        )
+        result = by_layer(recipe, store)
         result.check()
         row = run_row(curves, phases, result)
-        named(layers_by_phase(result, phases), recipe).to_csv(directory / "layers.csv", index=False)
+        steps = layers_by_step(result)
+        steps.to_csv(directory / "steps.csv", index=False)
+        named(layers_by_phase(steps, phases), recipe).to_csv(directory / "layers.csv", index=False)
     shutil.rmtree(store)
     unfinished = directory / "run.partial"
     named(row, recipe).to_csv(unfinished, index=False)
@@ -136,7 +160,7 @@ def across(
     Raises:
         ValueError: a directory holds a run of another recipe.
     """
-    recipes = [RECIPES[recipe](seed, task=task) for task in tasks for seed in range(seeds)]
+    recipes = [RECIPES[recipe](seed, task=task) for seed in range(seeds) for task in tasks]
     places = [directory / f"{chosen.operation}-{chosen.seed}" for chosen in recipes]
     for chosen, place in zip(recipes, places, strict=True):
         mark = place / "recipe.txt"

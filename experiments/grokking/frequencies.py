@@ -143,7 +143,9 @@ def similarity_profile(similarity: xr.DataArray, cycle: Sequence[int]) -> pd.Ser
     return entries.groupby(pd.Series(difference.ravel(), name="difference")).mean().dropna()
 
 
-def fit_frequencies(similarity: xr.DataArray, cycle: Sequence[int], *, penalty: float = 0.1) -> pd.DataFrame:
+def fit_frequencies(
+    similarity: xr.DataArray, cycle: Sequence[int], *, penalty: float = 0.1, equal_classes: bool = True
+) -> pd.DataFrame:
     """The paper's frequency fit: Lasso weights of cosines that together give the similarity by difference of classes.
 
         similarity(d) ≈ constant + Σ_f weight_f cos(2π f d / n),    d = place of c − place of c' mod n
@@ -155,6 +157,8 @@ def fit_frequencies(similarity: xr.DataArray, cycle: Sequence[int], *, penalty: 
         cycle: The classes in cyclic order.
         penalty: Of the Lasso, as a part of the least one that leaves no weight at all; on a whole profile it removes
             the frequencies whose amplitude is below this part of the largest.
+        equal_classes: Whether pairs of one class count, as in the paper. If these are alike beyond any wave, that peak
+            at d = 0 gives the same weight to all frequencies; without them only what is cyclic is fitted.
 
     Returns:
         ``weight`` by ``frequency`` from 1 to n // 2.
@@ -163,6 +167,8 @@ def fit_frequencies(similarity: xr.DataArray, cycle: Sequence[int], *, penalty: 
         ValueError: If a label is no class.
     """
     profile = similarity_profile(similarity, cycle)
+    if not equal_classes:
+        profile = profile.drop(0, errors="ignore")
     frequencies = np.arange(1, len(cycle) // 2 + 1)
     waves = np.cos(2 * np.pi * np.outer(profile.index.to_numpy(), frequencies) / len(cycle))
     centred = profile.to_numpy() - profile.mean()

@@ -60,11 +60,11 @@ def quick(seed: int = 0, *, task: str = "addition") -> Recipe:
         task: Addition, or another. Tasks on ordered pairs have twice as many of them and are trained on a smaller part,
             with which the two phases are apart.
     """
-    ordered = task in ("subtraction", "division")
+    share = 410 / 496 if make_task(task, 31).commutes else 0.75
     return Recipe(
         operation=task,
         modulus=31,
-        num_train=_part(task, 31, 0.75 if ordered else 410 / 496),
+        num_train=_part(task, 31, share),
         num_validation=None,
         width=56,
         heads=4,

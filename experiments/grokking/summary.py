@@ -47,14 +47,15 @@ def in_markdown(runs: pd.DataFrame, layers: pd.DataFrame) -> str:
         for (task, architecture, phase), part in groups:
             totals = part.groupby("seed")[["influence", "decay_influence"]].sum()
             ratio = totals["decay_influence"] / totals["influence"]
-            shares = [_spread(100 * part.loc[part["layer"] == name, "share"], ".1f", " %") for name in names]
+            shares = [_spread(100 * part.loc[part["layer"] == name, "mean_share"], ".1f", " %") for name in names]
             rows.append([str(task), str(architecture), str(phase), str(len(totals)), *shares, _spread(ratio, ".2f")])
         lines += [
             "",
             "## Through which layers",
             "",
-            "Share of each layer group in Σ |contribution| over validation classes and steps of the phase, and decay / "
-            "data, the same sum of |decay| by that of |contribution|; mean ± standard deviation over seeds.",
+            "Share of each layer group in a step's Σ |contribution| over validation classes, mean over the phase's "
+            "steps; and decay / data, Σ |decay| by Σ |contribution| over the phase. Mean ± standard deviation over "
+            "seeds.",
             "",
             *_table(["task", "architecture", "phase", "seeds", *names, "decay / data"], rows),
         ]

@@ -18,7 +18,7 @@ def layer_shares(layers: pd.DataFrame) -> Figure:
     """Share of each layer group in the influence of each phase: a dot per seed, a line through the means.
 
     Args:
-        layers: `share` by `task`, `architecture`, `seed`, `phase` and `layer`.
+        layers: `mean_share` by `task`, `architecture`, `seed`, `phase` and `layer`.
     """
     panels = list(layers.groupby(["task", "architecture"], sort=False))
     phases, names = (list(dict.fromkeys(layers[column])) for column in ("phase", "layer"))
@@ -30,14 +30,14 @@ def layer_shares(layers: pd.DataFrame) -> Figure:
         for (phase, style), offset, marker in zip(line_styles(phases).items(), offsets, _MARKERS, strict=False):
             part = panel[panel["phase"] == phase]
             places = part["layer"].map(names.index) + offset
-            axes.plot(places, part["share"], marker, color=style["color"], markersize=4, alpha=0.5, linewidth=0)
-            means = part.groupby("layer")["share"].mean().reindex(names)
+            axes.plot(places, part["mean_share"], marker, color=style["color"], markersize=4, alpha=0.5, linewidth=0)
+            means = part.groupby("layer")["mean_share"].mean().reindex(names)
             axes.plot(np.arange(len(names)) + offset, means, marker=marker, markersize=7, label=phase, **style)
         axes.set_xticks(range(len(names)), names, rotation=60, ha="right")
         axes.set_title(f"{task}, {architecture}\n{panel['seed'].nunique()} seeds", fontsize="medium")
         axes.set_ylim(0, None)
         axes.grid(axis="y", alpha=0.3)
-    grid[0, 0].set_ylabel("share of Σ |contribution|\nin the phase")
+    grid[0, 0].set_ylabel("share of a step's Σ |contribution|,\nmean over the phase")
     grid[0, -1].legend(fontsize="small")
     figure.suptitle("Through which layers the training examples act")
     return figure
