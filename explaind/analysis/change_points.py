@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from explaind.analysis.dimensions import require, step_axis
 from explaind.analysis.segments import FEWEST, Segmentation, Series, resampled, segmentations
 
-__all__ = ["Search", "change_points", "number_of_change_points"]
+__all__ = ["Search", "change_points", "number_of_change_points", "phases_between"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +141,21 @@ def change_points(
             "high": series.last_steps[high],
         }
     )
+
+
+def phases_between(points: pd.DataFrame, *, num_steps: int) -> dict[str, range]:
+    """The phases that change points separate, by number.
+
+    Args:
+        points: with the column `step`, in order.
+        num_steps: of the run.
+
+    Example:
+        >>> phases_between(pd.DataFrame({"step": [60]}), num_steps=200)
+        {'phase 1': range(0, 60), 'phase 2': range(60, 200)}
+    """
+    ends = pairwise([0, *points["step"].tolist(), num_steps])
+    return {f"phase {place}": range(start, stop) for place, (start, stop) in enumerate(ends, start=1)}
 
 
 def _gain(fewer: Segmentation, more: Segmentation) -> float:
