@@ -77,7 +77,7 @@ def kernel_in_windows(
     )
     sums = {
         "query": split.validation_tokens[: kernel.sizes["query"], [0, 2]].numpy(),
-        "example": split.train_tokens[kernel["example"].values][:, [0, 2]].numpy(),
+        "example": split.train_tokens.numpy()[kernel["example"].values][:, [0, 2]],
     }
     for axis, pairs in sums.items():
         kernel = kernel.assign_coords({f"{axis}_sum": (axis, pairs.sum(axis=1)), f"{axis}_a": (axis, pairs[:, 0])})
