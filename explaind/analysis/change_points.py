@@ -29,7 +29,7 @@ class Search:
     """How change points are looked for, and how series are drawn that could have been seen in place of the real one."""
 
     stretches: int = 120
-    """The series is averaged over so many stretches of steps first (or one fewer); change points lie between two."""
+    """The series is averaged over equal stretches of steps first, at most so many; change points lie between two."""
     shortest: float = 0.05
     """Least distance of change points, as a part of the series."""
     block: float = 0.1
@@ -133,11 +133,10 @@ def change_points(
     centre = np.array(found[:-1], dtype=int)
     low, high = np.quantile(places, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0, method="nearest")
     low, high = np.minimum(low, centre).astype(int), np.maximum(high, centre).astype(int)
-    single = series.first_steps == series.last_steps
     return pd.DataFrame(
         {
             "step": series.first_steps[centre],
-            "low": np.where(single[centre], series.first_steps[low], series.first_steps[low - 1] + 1),
+            "low": series.first_steps[low - 1] + 1,
             "high": series.last_steps[high],
         }
     )
