@@ -47,7 +47,7 @@ def phase_kernels(data: xr.Dataset, phases: Mapping[str, slice]) -> xr.DataArray
     """
     (kernel,) = sums(data.contribution, ("query", "group", "step"), np.positive)
     parts = [kernel.sel(step=slice(span.start, span.stop - 1)).sum("step") for span in phases.values()]
-    joined = xr.concat(parts, "phase")
+    joined = xr.concat(parts, "phase", coords="minimal")
     labels = {
         "phase": list(phases),
         "first_step": ("phase", [span.start for span in phases.values()]),

@@ -206,7 +206,7 @@ class Results:
     @cached_property
     def frequency_fit(self) -> pd.DataFrame:
         """Lasso weights of the frequencies in the similarity."""
-        return frequencies.fit_frequencies(self.linear2_similarity, self.study.recipe.task.cycle)
+        return frequencies.fit_frequencies(self.linear2_similarity, self.study.recipe.task.cycle, equal_classes=False)
 
     @cached_property
     def progress(self) -> pd.DataFrame:
@@ -232,7 +232,7 @@ class Results:
                 f"retrained/{condition.name.replace(' ', '_')}-{seed}",
                 partial(retrain, s.recipe, s.run, condition, seed=seed, epochs=self.sizes.retrain_epochs),
             )
-            for condition in conditions(s.phases)
+            for condition in conditions(s.curves, s.phases)
             for seed in range(self.sizes.retrain_seeds)
         ]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from explaind.analysis.dimensions import require, step_axis
 from explaind.analysis.segments import FEWEST, Segmentation, Series, resampled, segmentations
 
-__all__ = ["Search", "change_points", "number_of_change_points"]
+__all__ = ["Search", "change_points", "number_of_change_points", "phases_between"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class Search:
     """How change points are looked for, and how series are drawn that could have been seen in place of the real one."""
 
     stretches: int = 120
-    """The series is averaged over so many stretches of steps first (or one fewer); change points lie between two."""
+    """The series is averaged over equal stretches of steps first, at most so many; change points lie between two."""
     shortest: float = 0.05
     """Least distance of change points, as a part of the series."""
     block: float = 0.1
@@ -132,14 +133,28 @@ def change_points(
     centre = np.array(found[:-1], dtype=int)
     low, high = np.quantile(places, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0, method="nearest")
     low, high = np.minimum(low, centre).astype(int), np.maximum(high, centre).astype(int)
-    single = series.first_steps == series.last_steps
     return pd.DataFrame(
         {
             "step": series.first_steps[centre],
-            "low": np.where(single[centre], series.first_steps[low], series.first_steps[low - 1] + 1),
+            "low": series.first_steps[low - 1] + 1,
             "high": series.last_steps[high],
         }
     )
+
+
+def phases_between(points: pd.DataFrame, *, num_steps: int) -> dict[str, range]:
+    """The phases that change points separate, by number.
+
+    Args:
+        points: with the column `step`, in order.
+        num_steps: of the run.
+
+    Example:
+        >>> phases_between(pd.DataFrame({"step": [60]}), num_steps=200)
+        {'phase 1': range(0, 60), 'phase 2': range(60, 200)}
+    """
+    ends = pairwise([0, *points["step"].tolist(), num_steps])
+    return {f"phase {place}": range(start, stop) for place, (start, stop) in enumerate(ends, start=1)}
 
 
 def _gain(fewer: Segmentation, more: Segmentation) -> float:

@@ -42,7 +42,9 @@ def embed(term: xr.DataArray, *, layer: str, num_neighbours: int = 15, seed: int
     (scores,) = sums(term, ("query", "element"), np.positive)
     rows = scores.isel(element=scores["layer"].values == layer).transpose("query", "element")
     if len(empty := np.flatnonzero(~rows.values.any(axis=1))):
-        raise ValueError(f"query {rows['query'].values[empty[0]]!r} has no scores in layer {layer!r}; leave it out.")
+        raise ValueError(
+            f"query {rows['query'].values.tolist()[empty[0]]!r} has no scores in layer {layer!r}; leave it out."
+        )
     umap = optional("umap", purpose="an embedding", package="umap-learn")
     mapper = umap.UMAP(n_neighbors=num_neighbours, metric="cosine", random_state=seed, n_jobs=1)
     x, y = mapper.fit_transform(rows.values).T

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
@@ -49,7 +47,8 @@ def window_similarity(term: xr.DataArray) -> xr.DataArray:
     """
     require(term, "query", "window", "element")
     windows = [_cosines(term.isel(window=place).load()) for place in range(term.sizes["window"])]
-    return xr.concat(windows, "window")
+    joined = xr.concat([matrix.reset_coords(drop=True) for matrix in windows], "window", coords="minimal")
+    return joined.assign_coords({name: c for name, c in term.coords.items() if c.dims == ("window",)})
 
 
 def _cosines(scores: xr.DataArray) -> xr.DataArray:
@@ -59,15 +58,8 @@ def _cosines(scores: xr.DataArray) -> xr.DataArray:
     rows = scores.transpose("query", "element").values
     matrices = np.stack([_cosine(rows[:, layers == name]) for name in names])
     queries = scores["query"].values if "query" in scores.coords else np.arange(len(rows))
-    beside: dict[Any, Any] = {
-        name: coordinate for name, coordinate in scores.coords.items() if not coordinate.dims and name != "layer"
-    }
-    return xr.DataArray(
-        matrices,
-        {"layer": names, "query": queries, "other": queries, **beside},
-        ["layer", "query", "other"],
-        name="similarity",
-    )
+    coordinates = {"layer": names, "query": queries, "other": queries}
+    return xr.DataArray(matrices, coordinates, ["layer", "query", "other"], name="similarity")
 
 
 def _cosine(rows: NDArray[np.float64]) -> NDArray[np.float64]:

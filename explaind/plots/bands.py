@@ -26,6 +26,7 @@ def plot_bands(frame: pd.DataFrame, *, x: str, y: str, line: str, ax: Axes | Non
     if missing := [name for name in (x, y, line) if name not in frame]:
         raise ValueError(f"there is no column {missing[0]!r}; the table has {', '.join(map(str, frame.columns))}.")
     ax = axes_or_new(ax)
+    frame = frame[[x, y, line]].reset_index(drop=True)
     for name, style in line_styles(list(dict.fromkeys(frame[line]))).items():
         values = frame[frame[line] == name].groupby(x)[y]
         mean, spread = values.mean(), values.std().fillna(0.0)

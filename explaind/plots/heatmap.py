@@ -28,4 +28,5 @@ def plot_heatmap(
     """
     limit = limit or float(np.abs(matrix).max()) or 1.0
     norm = SymLogNorm(linthresh=limit / 10, vmin=-limit, vmax=limit)
-    return draw_matrix(matrix, norm=norm, colour_bar=colour_bar, ax=ax)
+    ticks = (-limit, -limit / 10, 0.0, limit / 10, limit)
+    return draw_matrix(matrix, norm=norm, ticks=ticks, colour_bar=colour_bar, ax=ax)

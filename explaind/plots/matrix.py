@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import xarray as xr
 from matplotlib import colormaps
@@ -13,8 +15,17 @@ from explaind.plots.style import DIVERGING, axes_or_new
 __all__ = ["draw_matrix"]
 
 
-def draw_matrix(matrix: xr.DataArray, *, norm: Normalize, colour_bar: bool, ax: Axes | None) -> Axes:
+def draw_matrix(
+    matrix: xr.DataArray, *, norm: Normalize, ticks: Sequence[float], colour_bar: bool, ax: Axes | None
+) -> Axes:
     """Rows and columns in their order, with a few of their labels; entries that are not numbers are grey.
+
+    Args:
+        matrix: two-dimensional.
+        norm: of the colours.
+        ticks: values that are written at the colour bar.
+        colour_bar: draw one.
+        ax: where to draw.
 
     Raises:
         ValueError: not two dimensions.
@@ -28,9 +39,10 @@ def draw_matrix(matrix: xr.DataArray, *, norm: Normalize, colour_bar: bool, ax: 
     ax.set_ylabel(rows)
     ax.set_xlabel(columns)
     for axis, dim in ((ax.yaxis, rows), (ax.xaxis, columns)):
-        ticks = np.linspace(0, matrix.sizes[dim] - 1, min(matrix.sizes[dim], 6)).round().astype(int)
-        axis.set_ticks(ticks, [str(label) for label in matrix[dim].values[ticks]])
+        places = np.linspace(0, matrix.sizes[dim] - 1, min(matrix.sizes[dim], 6)).round().astype(int)
+        axis.set_ticks(places, [str(label) for label in matrix[dim].values[places]])
     if colour_bar:
         assert ax.figure is not None
-        ax.figure.colorbar(image, ax=ax, label=str(matrix.name or "value"))
+        bar = ax.figure.colorbar(image, ax=ax, label=str(matrix.name or "value"), ticks=list(ticks), format="%.2g")
+        bar.minorticks_off()
     return ax

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib as mpl
@@ -21,7 +20,7 @@ Data = pd.DataFrame | xr.DataArray | xr.Dataset
 """What a figure may show."""
 
 
-def save_figure(figure: Figure, path: str | Path, *, data: Data | Mapping[str, Data]) -> list[Path]:
+def save_figure(figure: Figure, path: str | Path, *, data: Data | dict[str, Data]) -> list[Path]:
     """Write a figure as PNG and SVG, and beside it the data that it shows; what is there is replaced.
 
     Frames and arrays of one or two axes become CSV, one observation per row; larger ones become zarr stores. Every file
@@ -46,7 +45,7 @@ def save_figure(figure: Figure, path: str | Path, *, data: Data | Mapping[str, D
         ['empty.png', 'empty.svg', 'empty.csv']
     """
     stem = Path(path)
-    parts = {"": data} if isinstance(data, Data) else {f"-{name}": part for name, part in data.items()}
+    parts = {f"-{name}": part for name, part in data.items()} if isinstance(data, dict) else {"": data}
     for part in parts.values():
         if not isinstance(part, Data):
             raise TypeError(f"a figure's data are pandas frames or xarray objects; got {type(part).__name__}.")

@@ -22,6 +22,6 @@ def plot_similarity(matrix: xr.DataArray, *, colour_bar: bool = True, ax: Axes |
     Raises:
         ValueError: not two dimensions.
     """
-    ax = draw_matrix(matrix, norm=Normalize(-1, 1), colour_bar=colour_bar, ax=ax)
+    ax = draw_matrix(matrix, norm=Normalize(-1, 1), ticks=(-1, -0.5, 0, 0.5, 1), colour_bar=colour_bar, ax=ax)
     ax.set_aspect("equal")
     return ax

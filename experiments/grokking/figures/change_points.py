@@ -33,9 +33,19 @@ def change_points(
     over_steps([ax], phases)
     top = ax.get_ylim()[1]
     for label, step in accuracies.items():
-        ax.annotate(label, (step, top), (-2, -4), textcoords="offset points", rotation=90, ha="right", va="top", size=8)
+        ax.annotate(
+            label,
+            (step, top),
+            (3, -4),
+            textcoords="offset points",
+            rotation=90,
+            ha="left",
+            va="top",
+            size=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
+        )
         ax.axvline(step, color="0.3", linewidth=1, linestyle=":")
-    ax.legend(fontsize="small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    ax.legend(fontsize="small", ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     found = ", ".join(f"{row.step} ({row.low}–{row.high})" for row in points.itertuples()) or "none"
     figure.suptitle(
         f"Change points of the layer shares, with their intervals: {found}\ndotted: accuracies first reached"
