@@ -65,7 +65,7 @@ class Ledger:
                 self._open[name] = (first, self._new_block(name, first, length, values))
             block = self._open[name][1]
             if self._axis:
-                block = np.moveaxis(block, list(sizes).index(self._axis), 0)[place - first]
+                block = np.moveaxis(block, list(sizes).index(self._axis), 0)[place - first, ...]
             if self._axis and not self._windows:
                 block[...] = values
             else:
