@@ -18,7 +18,8 @@ __all__ = ["perturbed_predictions"]
 _LETTERS_PER_INCH = 13
 _CAPTION = (
     "Horizontal, the additive reading: what the gradients of the example, or the movement of the element, added to the "
-    "prediction along the training as it was. All such parts sum to the prediction.",
+    "prediction along the training as it was. Such parts of all steps, with weight decay and the initial value, sum to "
+    "the prediction.",
     "Vertical, the counterfactual reading: the prediction minus that of the network without it, whose last steps were "
     "trained again with the example's loss at zero, or whose element was set to zero in the end.",
     "Grey, where both are equal. They part where the rest of the training answers to the removal, and where zero is "
@@ -48,6 +49,7 @@ def perturbed_predictions(perturbed: pd.DataFrame, *, unit: str = "nats") -> Fig
         )
         axes.set_title(f"{what}\nPearson {pearson:.3f}, Spearman {spearman:.3f}", fontsize="medium")
         axes.set_xlabel(f"score ({unit})")
+        axes.locator_params(axis="x", nbins=5)
     panels[0, 0].set_ylabel(f"change of the prediction: with − without ({unit})")
     panels[0, 0].legend(fontsize="small", markerscale=2)
     figure.suptitle("Do high scores matter? Each point is a prediction and what was taken away from it")
