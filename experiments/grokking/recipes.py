@@ -113,8 +113,8 @@ def quick_positional(seed: int = 0, *, task: str = "addition") -> Recipe:
 
     Measured on 5 seeds of addition (0…4, CPU, one thread, PyTorch 2.13): training accuracy reaches 0.99 at steps 80-96,
     validation accuracy 0.5 at 140-316 and 0.95 at 252-496; all five meet the stopping rule. When the training set is
-    memorised, validation accuracy is 0.11-0.41 already: for a part of the validation pairs the same pair in the other
-    order is in the training set, and some networks take it over at once.
+    memorised, validation accuracy is 0.11-0.41 already. That is no sum learned yet: after 90 steps, seeds 0, 2 and 4
+    have 0.79, 0.25 and 0.97 of those pairs right whose mirror image is in the training set, and 0.00-0.04 of the rest.
 
     Args:
         seed: Of the split, of the initial weights and of the shuffling.
