@@ -25,8 +25,8 @@ __all__ = [
 
 
 def step_sizes(data: xr.Dataset) -> xr.Dataset:
-    """Model influence for each query: mean of |change of the prediction| by `data` and by `decay`, `[step]`."""
-    return model_influence(data) / data.sizes["query"]
+    """Mean over queries of |change of the prediction| in every step, by `contribution` and by `decay`, `[step]`."""
+    return model_influence(data).rename(data="contribution") / data.sizes["query"]
 
 
 def running_totals(data: xr.Dataset) -> xr.Dataset:

@@ -1,10 +1,4 @@
-"""How many nodes the path integral needs: its measured error against what was spent, for three families of rules.
-
-The rule that is used everywhere else, `"adaptive"`: a step is integrated with one node, with the slope of every kinked
-function averaged over the step. What this misses of the prediction's change is measured with two forward passes. Where
-it is more than the step's part of the tolerance (which goes with the step's part of the query's path), the step is
-divided into 2, 4 or 8 parts, the same is done with each, and two divisions are extrapolated, until it is not.
-"""
+"""How many nodes the path integral needs: its measured error against what was spent, for three families of rules."""
 
 from __future__ import annotations
 
@@ -18,7 +12,16 @@ import torch
 import explaind
 from explaind.quadrature import Quadrature, adaptive, gauss_legendre, midpoint
 
-__all__ = ["RULES", "Rule", "closure_by_nodes"]
+__all__ = ["IN_WORDS", "RULES", "Rule", "closure_by_nodes"]
+
+IN_WORDS = (
+    "A step is integrated with one node (three if the model is smooth), where the slope of every kinked function is "
+    "replaced by its average over the step. What that misses of the prediction's change is measured with two forward "
+    "passes. If it is more than the step's part of the tolerance, which is the step's part of the query's path, the "
+    "step is divided into 2, 4 or 8 parts, by how much it missed, for those queries only. The parts are extrapolated "
+    "together with the whole (Richardson); parts for which that is not enough are divided in the same way."
+)
+"""The rule that is used wherever nothing else is said, `"adaptive"`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,10 @@ k change points are enough if one more lowers the error, (C_k − C_{k+1}) / C_{
 that have k: the fit with its residuals drawn anew in moving blocks, so that neighbouring steps stay alike (the test for
 k against k + 1 of Bai and Perron 1998, with its distribution from a block bootstrap). The same draws say where the
 change points might have been found.
+
+The test is only as good as the blocks are long: at level 0.05 it found change points where there were none in 5 % of
+series of white noise, 15 % of autoregressive ones with correlation 0.7 from a stretch to the next (40 series each, 120
+stretches, 39 draws) and 35 % with 0.9 (20 series).
 """
 
 from __future__ import annotations

@@ -9,11 +9,9 @@ import xarray as xr
 from matplotlib.axes import Axes
 
 from explaind.analysis.dimensions import require
-from explaind.plots.style import axes_or_new, layer_styles
+from explaind.plots.style import MARKERS, axes_or_new, layer_styles
 
 __all__ = ["plot_balance"]
-
-_MARKERS = "osD^vP*"
 
 
 def plot_balance(balance: xr.DataArray, *, study: Sequence[str] | None = None, ax: Axes | None = None) -> Axes:
@@ -34,7 +32,7 @@ def plot_balance(balance: xr.DataArray, *, study: Sequence[str] | None = None, a
     for place, layer in enumerate(study or styles):
         if layer in styles:
             line = balance.sel(layer=layer)
-            ax.plot(middles, line, label=layer, marker=_MARKERS[place % len(_MARKERS)], markersize=4, **styles[layer])
+            ax.plot(middles, line, label=layer, marker=MARKERS[place % len(MARKERS)], markersize=4, **styles[layer])
     ax.axhline(0, color="black", linewidth=0.8)
     largest = float(np.abs(balance).max()) or 1.0
     ax.set_yscale("symlog", linthresh=largest / 1000)

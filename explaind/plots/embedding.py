@@ -27,8 +27,17 @@ def plot_embedding(
     if missing := [name for name in ("x", "y", colour) if name not in points]:
         raise ValueError(f"an embedding needs the columns x, y and {colour}; there is no {missing[0]!r}.")
     ax = axes_or_new(ax, width=5.5, height=4.8)
+    # The colours of both ends are the same one, which only class 0 is to have.
     scattered = ax.scatter(
-        points["x"], points["y"], c=points[colour], cmap=CYCLIC, s=24, edgecolors="black", linewidths=0.4
+        points["x"],
+        points["y"],
+        c=points[colour],
+        cmap=CYCLIC,
+        vmin=0,
+        vmax=points[colour].max() + 1,
+        s=24,
+        edgecolors="black",
+        linewidths=0.4,
     )
     ax.set_xlabel("first coordinate")
     ax.set_ylabel("second coordinate")

@@ -9,6 +9,7 @@ import xarray as xr
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
+from matplotlib.ticker import FuncFormatter
 
 from explaind.plots.style import DIVERGING, axes_or_new
 
@@ -43,6 +44,11 @@ def draw_matrix(
         axis.set_ticks(places, [str(label) for label in matrix[dim].values[places]])
     if colour_bar:
         assert ax.figure is not None
-        bar = ax.figure.colorbar(image, ax=ax, label=str(matrix.name or "value"), ticks=list(ticks), format="%.2g")
+        bar = ax.figure.colorbar(image, ax=ax, label=str(matrix.name or "value"), ticks=list(ticks), format=_two_digits)
         bar.minorticks_off()
     return ax
+
+
+@FuncFormatter
+def _two_digits(value: float, _: int) -> str:
+    return f"{float(f'{value:.2g}'):g}"

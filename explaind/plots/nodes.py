@@ -5,11 +5,9 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.axes import Axes
 
-from explaind.plots.style import axes_or_new, line_styles
+from explaind.plots.style import MARKERS, axes_or_new, line_styles
 
 __all__ = ["plot_closure_by_nodes"]
-
-_MARKERS = "osD^vP*"
 
 
 def plot_closure_by_nodes(closure: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
@@ -29,7 +27,8 @@ def plot_closure_by_nodes(closure: pd.DataFrame, *, ax: Axes | None = None) -> A
         raise ValueError(f"closure by nodes needs the columns {', '.join(needed)}; there is no {missing[0]!r}.")
     ax = axes_or_new(ax)
     styles = line_styles(list(dict.fromkeys(closure["family"])))
-    for (family, style), marker in zip(styles.items(), _MARKERS, strict=False):
+    for place, (family, style) in enumerate(styles.items()):
+        marker = MARKERS[place % len(MARKERS)]
         rows = closure[closure["family"] == family].sort_values("nodes")
         ax.plot(rows["nodes"], rows["mean_error"], label=f"{family}, mean", marker=marker, **style)
         ax.plot(

@@ -9,7 +9,17 @@ import matplotlib.pyplot as plt
 import xarray as xr
 from matplotlib.axes import Axes
 
-__all__ = ["CYCLIC", "DIVERGING", "LOWERED", "RAISED", "axes_or_new", "layer_styles", "line_styles", "one_query"]
+__all__ = [
+    "CYCLIC",
+    "DIVERGING",
+    "LOWERED",
+    "MARKERS",
+    "RAISED",
+    "axes_or_new",
+    "layer_styles",
+    "line_styles",
+    "one_query",
+]
 
 DIVERGING = "PuOr_r"
 """Colour map of signed values: white at zero, told apart with any colour vision."""
@@ -19,6 +29,8 @@ CYCLIC = "twilight_shifted"
 # Okabe and Ito's palette: told apart with any colour vision; line styles tell the same in grey.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+MARKERS = "osD^vP*"
+"""By position, where points are drawn."""
 RAISED, LOWERED = _COLOURS[0], _COLOURS[1]
 
 

@@ -8,6 +8,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from explaind.plots import plot_heatmap
+from explaind.plots.style import RAISED
 
 from ..measures import class_difference_profile
 
@@ -29,7 +30,7 @@ def kernel_by_class(kernels: xr.DataArray) -> Figure:
         plot_heatmap(named.rename("contribution (nats)"), ax=heat)
         heat.set_title(f"{kernel['phase'].item()}\nsteps {int(kernel['first_step'])}–{int(kernel['last_step'])}")
         differences = class_difference_profile(kernel)
-        profile.bar(differences["difference"], differences, color="#0072B2", width=0.8)
+        profile.bar(differences["difference"], differences, color=RAISED, width=0.8)
         profile.axhline(0, color="black", linewidth=0.8)
         profile.set_xlabel("training class − validation class (mod p)")
         profile.set_ylabel("mean contribution (nats)" if place == 0 else "")

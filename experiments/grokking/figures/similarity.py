@@ -19,7 +19,7 @@ def similarity(matrices: xr.DataArray) -> Figure:
             `sum` along `query`, it labels the axes.
     """
     layers = matrices["layer"].values.tolist()
-    figure, grid = plt.subplots(2, -(-len(layers) // 2), figsize=(11, 7), layout="constrained", squeeze=False)
+    figure, grid = plt.subplots(2, -(-len(layers) // 2), figsize=(11, 7), layout="compressed", squeeze=False)
     for ax, layer in zip(grid.flat, layers, strict=False):
         plot_similarity(_named(matrices.sel(layer=layer)), colour_bar=False, ax=ax)
         ax.set_title(layer)
@@ -41,7 +41,7 @@ def similarity_in_windows(matrices: xr.DataArray, *, most: int = 6) -> Figure:
     chosen = sorted({round(place * (count - 1) / max(min(most, count) - 1, 1)) for place in range(min(most, count))})
     layers = matrices["layer"].values.tolist()
     figure, grid = plt.subplots(
-        len(layers), len(chosen), figsize=(2 * len(chosen) + 1.5, 2 * len(layers)), layout="constrained", squeeze=False
+        len(layers), len(chosen), figsize=(2 * len(chosen) + 1.5, 2 * len(layers)), layout="compressed", squeeze=False
     )
     for row, layer in enumerate(layers):
         for column, place in enumerate(chosen):
