@@ -16,7 +16,23 @@ from tqdm import tqdm
 from explaind.plots import save_figure
 from explaind.plots.saving import Data
 
-from . import figures as draw
+from .figures import (
+    balance,
+    certificate,
+    change_points,
+    curves,
+    examples,
+    frequencies,
+    influence,
+    kernel,
+    nodes,
+    perturbations,
+    pruning,
+    retraining,
+    similarity,
+    swaps,
+    umap,
+)
 from .frequencies import similarity_profile
 from .results import Results
 from .scores import sorted_by_sum
@@ -27,72 +43,72 @@ Drawn = tuple[Figure, Data | dict[str, Data]]
 
 
 def _training_curves(r: Results) -> Drawn:
-    return draw.training_curves(r.study.curves, r.study.phases.spans), r.study.curves
+    return curves.training_curves(r.study.curves, r.study.phases.spans), r.study.curves
 
 
 def _model_influence(r: Results) -> Drawn:
-    figure = draw.model_influence(r.model_influence, r.running_totals, r.study.phases.spans)
+    figure = influence.model_influence(r.model_influence, r.running_totals, r.study.phases.spans)
     return figure, {"influence": r.model_influence, "totals": r.running_totals}
 
 
 def _layer_influence(r: Results) -> Drawn:
-    return draw.layer_influence(r.layer_influence, r.study.phases.spans), r.layer_influence
+    return influence.layer_influence(r.layer_influence, r.study.phases.spans), r.layer_influence
 
 
 def _balance(r: Results) -> Drawn:
-    return draw.balance(r.balance, r.study.phases.spans), r.balance
+    return balance.balance(r.balance, r.study.phases.spans), r.balance
 
 
 def _kernel(r: Results) -> Drawn:
-    return draw.kernel_in_windows(r.kernel), r.kernel
+    return kernel.kernel_in_windows(r.kernel), r.kernel
 
 
 def _kernel_by_class(r: Results) -> Drawn:
-    return draw.kernel_by_class(r.phase_kernels), r.phase_kernels
+    return kernel.kernel_by_class(r.phase_kernels), r.phase_kernels
 
 
 def _similarity(r: Results) -> Drawn:
     matrices = sorted_by_sum(r.similarity, r.study.recipe)
-    return draw.similarity(matrices), matrices
+    return similarity.similarity(matrices), matrices
 
 
 def _similarity_in_windows(r: Results) -> Drawn:
     matrices = sorted_by_sum(r.similarity_in_windows, r.study.recipe)
-    return draw.similarity_in_windows(matrices), matrices
+    return similarity.similarity_in_windows(matrices), matrices
 
 
 def _embedding(r: Results) -> Drawn:
-    return draw.embedding(r.embedding, layer="linear2"), r.embedding
+    return umap.embedding(r.embedding, layer="linear2"), r.embedding
 
 
 def _frequency_fit(r: Results) -> Drawn:
     profile = similarity_profile(r.linear2_similarity, r.study.recipe.task.cycle)
-    figure = draw.frequency_fit(r.frequency_fit, profile, r.key_frequencies)
+    figure = frequencies.frequency_fit(r.frequency_fit, profile, r.key_frequencies)
     return figure, {"fit": r.frequency_fit, "profile": profile.reset_index()}
 
 
 def _spectrum(r: Results) -> Drawn:
-    return draw.frequency_spectra(r.spectrum, r.key_frequencies), r.spectrum
+    return frequencies.frequency_spectra(r.spectrum, r.key_frequencies), r.spectrum
 
 
 def _progress(r: Results) -> Drawn:
-    return draw.progress_curves(r.progress, r.study.phases.spans), r.progress
+    return frequencies.progress_curves(r.progress, r.study.phases.spans), r.progress
 
 
 def _swaps(r: Results) -> Drawn:
-    return draw.swapped_accuracy(r.swaps, r.study.phases.spans), r.swaps
+    return swaps.swapped_accuracy(r.swaps, r.study.phases.spans), r.swaps
 
 
 def _retraining(r: Results) -> Drawn:
-    return draw.retrained_accuracy(r.retrained), r.retrained
+    return retraining.retrained_accuracy(r.retrained), r.retrained
 
 
 def _pruning(r: Results) -> Drawn:
-    return draw.pruned_accuracy(r.pruned), r.pruned
+    return pruning.pruned_accuracy(r.pruned), r.pruned
 
 
 def _perturbations(r: Results) -> Drawn:
-    return draw.perturbed_predictions(r.perturbed), r.perturbed
+    return perturbations.perturbed_predictions(r.perturbed), r.perturbed
 
 
 def _change_points(r: Results) -> Drawn:
@@ -102,20 +118,20 @@ def _change_points(r: Results) -> Drawn:
         "validation 0.5": phases.half_generalised,
         "validation 0.95": phases.generalised,
     }
-    figure = draw.change_points(r.layer_shares, r.change_points, phases.spans, accuracies=reached)
+    figure = change_points.change_points(r.layer_shares, r.change_points, phases.spans, accuracies=reached)
     return figure, {"shares": r.layer_shares, "points": r.change_points, "number": r.change_point_number}
 
 
 def _nodes(r: Results) -> Drawn:
-    return draw.closure_by_nodes(r.nodes), r.nodes
+    return nodes.closure_by_nodes(r.nodes), r.nodes
 
 
 def _top_examples(r: Results) -> Drawn:
-    return draw.top_examples(r.by_example, r.study.recipe), r.by_example.top(6)
+    return examples.top_examples(r.by_example, r.study.recipe), r.by_example.top(6)
 
 
 def _certificate(r: Results) -> Drawn:
-    return draw.certificate(r.certificate, r.by_class.closure, r.study.phases.spans), r.certificate
+    return certificate.certificate(r.certificate, r.by_class.closure, r.study.phases.spans), r.certificate
 
 
 GALLERY: dict[str, Callable[[Results], Drawn]] = {
