@@ -133,6 +133,6 @@ def test_influences_and_change_points_are_drawn_over_the_phases(study, tmp_path)
     figure = change_points.change_points(layer_shares(layers), points, PHASES, accuracies={"training 0.99": 10})
     assert "9 (8–11)" in figure.get_suptitle()
     assert [text.get_text() for text in figure.axes[0].texts] == ["memorisation", "generalisation", "training 0.99"]
-    per_phase = measures.phase_kernels(data, {name: slice(p.start, p.stop) for name, p in PHASES.items()})
+    per_phase = measures.phase_kernels(data, FOUND.spans)
     np.testing.assert_allclose(per_phase.sum("phase"), data.contribution.sum(["step", "layer"]), rtol=1e-9)
     assert len(kernel.kernel_by_class(per_phase).axes) == 6
