@@ -44,7 +44,7 @@ $(runtime): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(pip) install --upgrade pip
 	$(pip) install --constraint constraints.txt torch
-	$(pip) install --constraint constraints.txt --editable .
+	$(pip) install --constraint constraints.txt --editable '.[analysis]'
 	@touch $@
 
 $(dev): $(runtime)

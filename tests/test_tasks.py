@@ -270,8 +270,10 @@ def test_the_page_gives_mean_and_spread():
 
 
 def test_the_figure_draws_every_seed_and_the_mean():
-    figure = layer_shares(rows({0: {"embedding": 0.2, "decoder": 0.8}, 1: {"embedding": 0.4, "decoder": 0.6}}))
-    (axes,) = figure.axes
+    small = rows({0: {"embedding": 0.2, "decoder": 0.8}, 1: {"embedding": 0.4, "decoder": 0.6}})
+    large = rows({0: {"embedding": 0.05, "decoder": 0.95}, 1: {"embedding": 0.0, "decoder": 1.0}}).assign(task="other")
+    axes, other = layer_shares(pd.concat([small, large])).axes
+    assert axes.get_ylim() == other.get_ylim() == (0, 1.05)
     assert [label.get_text() for label in axes.get_xticklabels()] == ["embedding", "decoder"]
     seeds, mean = axes.lines[:2]
     assert seeds.get_ydata().tolist() == [0.2, 0.8, 0.4, 0.6]

@@ -39,17 +39,17 @@ class Sizes:
 
 QUICK = Sizes(
     tolerance=1e-4,
-    single_queries=60,
+    single_queries=24,
     window=50,
     machine_inputs=4,
     node_queries=8,
     node_steps=3,
     checkpoints=40,
     retrain_seeds=3,
-    retrain_epochs=300,
+    retrain_epochs=250,
     perturbed=50,
     perturbed_queries=5,
-    perturbed_steps=10,
+    perturbed_steps=1,
 )
 """Minutes."""
 
@@ -65,6 +65,6 @@ PAPER = Sizes(
     retrain_epochs=500,
     perturbed=200,
     perturbed_queries=10,
-    perturbed_steps=50,
+    perturbed_steps=10,
 )
 """Hours."""

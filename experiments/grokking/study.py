@@ -14,6 +14,7 @@ import pandas as pd
 import xarray as xr
 
 import explaind
+from explaind.stream import write_dataset
 
 from .decompose import open_study
 from .phases import Phases, find_phases
@@ -98,7 +99,7 @@ class Study:
         if not path.is_dir():
             partial = path.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
-            self._timed(name, lambda: compute().to_zarr(partial, consolidated=False))
+            self._timed(name, lambda: write_dataset(partial, compute()))
             partial.rename(path)
         kept: xr.Dataset = xr.open_zarr(path, consolidated=False, chunks=None)
         return kept

@@ -35,9 +35,9 @@ def layer_shares(layers: pd.DataFrame) -> Figure:
             axes.plot(np.arange(len(names)) + offset, means, marker=marker, markersize=7, label=phase, **style)
         axes.set_xticks(range(len(names)), names, rotation=60, ha="right")
         axes.set_title(f"{task}, {architecture}\n{panel['seed'].nunique()} seeds", fontsize="medium")
-        axes.set_ylim(0, None)
         axes.grid(axis="y", alpha=0.3)
+    grid[0, 0].set_ylim(0, 1.05 * layers["mean_share"].max())
     grid[0, 0].set_ylabel("share of a step's Σ |contribution|,\nmean over the phase")
-    grid[0, -1].legend(fontsize="small")
+    grid[0, -1].legend(fontsize="small", loc="upper left")
     figure.suptitle("Through which layers the training examples act")
     return figure

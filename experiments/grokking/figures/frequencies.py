@@ -71,8 +71,8 @@ def progress_curves(losses: pd.DataFrame, phases: Phases) -> Figure:
     axes.set_yscale("log")
     axes.set_ylabel("loss (nats)")
     over_steps([axes], phases)
-    axes.legend(fontsize="small")
-    figure.suptitle("The general solution forms before it shows: losses with and without the key frequencies")
+    figure.legend(fontsize="small", loc="outside lower center", ncols=2)
+    figure.suptitle("Losses with and without the network's key frequencies")
     return figure
 
 
