@@ -34,7 +34,7 @@ LITTLE = Sizes(
     retrain_epochs=3,
     perturbed=3,
     perturbed_queries=2,
-    perturbed_steps=2,
+    perturbed_steps=(1, 2),
 )
 
 

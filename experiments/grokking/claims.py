@@ -187,13 +187,17 @@ def _cancellation(r: Results) -> Claim:
 
 def _perturbations(r: Results) -> Claim:
     found = correlations(r.perturbed)
-    every = found[found["chosen"] == "all"].set_index("kind")
-    examples, elements = every.loc["example"], every.loc["element"]
+    every = found[found["chosen"] == "all"].to_dict("records")
+    texts = [
+        f"{'examples, last steps: ' if row['kind'] == 'example' else 'parameter elements, whole run: '}{row['num_steps']}, "
+        f"Pearson {row['pearson']:.2f}, Spearman {row['spearman']:.2f} ({row['num']} points)"
+        for row in every
+    ]
+    (replayed,) = r.replayed.to_dict("records")
     return Claim(
         theirs="Whether high scores matter for predictions was asked by reviewers and not answered.",
-        ours=f"Examples: score against the change without it, Pearson {examples['pearson']:.2f}, Spearman "
-        f"{examples['spearman']:.2f} ({examples['num']:.0f} points). Parameter elements: Pearson "
-        f"{elements['pearson']:.2f}, Spearman {elements['spearman']:.2f} ({elements['num']:.0f} points).",
+        ours=f"Score against what changes without it: {'; '.join(texts)}. With nothing removed, the last "
+        f"{replayed['num_steps']} steps made again end {replayed['difference']:.0e} from the recorded weights.",
         verdict="refines",
         figure="perturbations",
     )

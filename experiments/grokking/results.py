@@ -18,6 +18,7 @@ from .nodes import closure_by_nodes
 from .perturbations import element_scores, perturb_elements, perturb_examples
 from .progress import progress_over_steps
 from .pruning import prune_curves
+from .removal import replay_difference
 from .retraining import conditions, mean_and_spread, retrain
 from .sizes import Sizes
 from .study import Study
@@ -248,29 +249,44 @@ class Results:
         return s.table("pruned", lambda: prune_curves(s.run, s.split, self.importance))
 
     @cached_property
+    def replayed(self) -> pd.DataFrame:
+        """How far the last steps, made again with nothing removed, end from the recorded weights."""
+        s, most = self.study, max(self.sizes.perturbed_steps)
+
+        def compute() -> pd.DataFrame:
+            difference = replay_difference(s.recipe, s.run, num_steps=most)
+            return pd.DataFrame([{"num_steps": most, "difference": difference}])
+
+        return s.table("perturbed/replayed", compute)
+
+    @cached_property
     def perturbed(self) -> pd.DataFrame:
         """Scores against what is missing without their examples, or parameters."""
         s, query = self.study, scores.validation_pairs(self.study.recipe, num=self.sizes.perturbed_queries)
-        examples = s.table(
-            "perturbed_examples",
-            lambda: perturb_examples(
-                s.recipe,
-                s.run,
-                query,
-                num_chosen=self.sizes.perturbed,
-                num_steps=self.sizes.perturbed_steps,
-                tolerance=self.sizes.tolerance,
-                progress=s.progress,
-            ),
-        )
+        examples = [
+            s.table(
+                f"perturbed/examples-{num_steps}",
+                partial(
+                    perturb_examples,
+                    s.recipe,
+                    s.run,
+                    query,
+                    num_chosen=self.sizes.perturbed,
+                    num_steps=num_steps,
+                    tolerance=self.sizes.tolerance,
+                    progress=s.progress,
+                ),
+            )
+            for num_steps in self.sizes.perturbed_steps
+        ]
         chosen = self.by_element.dataset.isel(query=slice(0, self.sizes.perturbed_queries))
         elements = s.table(
-            "perturbed_elements",
+            "perturbed/elements",
             lambda: perturb_elements(
                 s.run, query, element_scores(chosen), num_chosen=self.sizes.perturbed, progress=s.progress
             ),
         )
-        return pd.concat([examples, elements], ignore_index=True)
+        return pd.concat([*examples, elements], ignore_index=True)
 
 
 def spread(span: slice, number: int) -> list[int]:

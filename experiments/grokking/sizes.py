@@ -33,8 +33,8 @@ class Sizes:
     """Examples, and parameters, that are removed of each kind: with the largest scores, and at random."""
     perturbed_queries: int
     """Validation pairs that are predicted without them."""
-    perturbed_steps: int
-    """Last steps of the run that are trained again without an example."""
+    perturbed_steps: tuple[int, ...]
+    """Numbers of last steps of the run that are trained again without an example."""
 
 
 QUICK = Sizes(
@@ -49,7 +49,7 @@ QUICK = Sizes(
     retrain_epochs=250,
     perturbed=50,
     perturbed_queries=5,
-    perturbed_steps=1,
+    perturbed_steps=(1, 10),
 )
 """Minutes."""
 
@@ -65,6 +65,6 @@ PAPER = Sizes(
     retrain_epochs=500,
     perturbed=200,
     perturbed_queries=10,
-    perturbed_steps=10,
+    perturbed_steps=(1, 10),
 )
 """Hours."""
