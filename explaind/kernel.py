@@ -76,8 +76,14 @@ class PathKernelModel:
         settings: `tolerance`, `quadrature`, `dtype`, `device`, `memory` or `progress` of `Run.attribute`.
 
     Example:
-        >>> machine = explaind.PathKernelModel(run)
-        >>> float((machine(x) - trained(x)).abs().max()) < 1e-6
+        >>> model, x = torch.nn.Linear(2, 3), torch.eye(2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with explaind.trace(model, optimizer, store):
+        ...     for _ in range(3):
+        ...         model(x).square().sum().backward()
+        ...         optimizer.step()
+        >>> machine = explaind.PathKernelModel(explaind.open_run(store, model=model))
+        >>> torch.allclose(machine(x), model(x).double(), atol=1e-5)
         True
     """
 

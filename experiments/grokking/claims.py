@@ -189,7 +189,7 @@ def _perturbations(r: Results) -> Claim:
     found = correlations(r.perturbed)
     every = found[found["chosen"] == "all"].to_dict("records")
     texts = [
-        f"{'examples, last steps: ' if row['kind'] == 'example' else 'parameter elements, whole run: '}{row['num_steps']}, "
+        f"{'examples, last' if row['kind'] == 'example' else 'parameter elements, all'} {row['num_steps']} steps: "
         f"Pearson {row['pearson']:.2f}, Spearman {row['spearman']:.2f} ({row['num']} points)"
         for row in every
     ]

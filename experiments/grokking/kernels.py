@@ -45,7 +45,7 @@ def partition(phases: Mapping[str, range | slice], *, num_steps: int) -> dict[st
 
     Example:
         >>> list(partition({"memorisation": range(0, 60)}, num_steps=60))
-        ['start', 'to 28', 'memorisation', 'to 55', 'end']
+        ['start', 'to 27', 'memorisation', 'to 55', 'end']
     """
     windows, whole, position = windows_across(phases), dict[str, range](), 0
     for name, window in sorted(windows.items(), key=lambda entry: entry[1].start):
