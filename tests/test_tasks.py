@@ -11,6 +11,7 @@ import explaind
 from experiments.grokking import across
 from experiments.grokking.decompose import open_study
 from experiments.grokking.figures.across import layer_shares
+from experiments.grokking.layer_tables import layers_by_phase
 from experiments.grokking.model import layer_groups
 from experiments.grokking.positional import PositionalTransformer
 from experiments.grokking.recipe import Recipe, StopRule
@@ -240,7 +241,7 @@ def test_a_phase_sums_its_steps_and_a_spike_counts_once_in_the_mean():
         [(0, "a", 1.0), (0, "b", 3.0), (1, "a", 2.0), (1, "b", 2.0), (2, "a", 90.0), (2, "b", 10.0), (3, "a", 1.0)],
         columns=["step", "layer", "influence"],
     ).assign(decay_influence=0.5, contribution=-1.0, decay=0.25)
-    table = across.layers_by_phase(steps, across.Phases(memorised=1, half_generalised=3, generalised=3, end=3))
+    table = layers_by_phase(steps, across.Phases(memorised=1, half_generalised=3, generalised=3, end=3))
     rows = table.set_index(["phase", "layer"])
     assert rows.loc[("memorisation", "b"), ["start", "stop", "share", "mean_share"]].tolist() == [0, 1, 0.75, 0.75]
     circuit = rows.loc[("circuit formation", "a")]

@@ -58,7 +58,8 @@ def quick(seed: int = 0, *, task: str = "addition") -> Recipe:
     Args:
         seed: Of the split, of the initial weights and of the shuffling.
         task: Addition, or another. Tasks on ordered pairs have twice as many of them and are trained on a smaller part,
-            with which the two phases are apart.
+            with which the two phases are apart. Of seeds 0…4 all five meet the stopping rule with addition, subtraction
+            and division, four with multiplication (not seed 1); validation accuracy is at most 0.24 when memorised.
     """
     share = 410 / 496 if make_task(task, 31).commutes else 0.75
     return Recipe(
