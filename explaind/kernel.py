@@ -80,6 +80,7 @@ class PathKernelModel:
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> with explaind.trace(model, optimizer, store):
         ...     for _ in range(3):
+        ...         optimizer.zero_grad()
         ...         model(x).square().sum().backward()
         ...         optimizer.step()
         >>> machine = explaind.PathKernelModel(explaind.open_run(store, model=model), tolerance=1e-4)

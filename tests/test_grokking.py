@@ -32,6 +32,7 @@ LITTLE = Sizes(
     checkpoints=6,
     retrain_seeds=1,
     retrain_epochs=3,
+    draws=19,
     perturbed=3,
     perturbed_queries=2,
     perturbed_steps=(1, 2),
@@ -103,7 +104,7 @@ def study(tmp_path_factory):
     """The quick study itself, with a coarser quadrature and less of every analysis to keep it short."""
     directory = tmp_path_factory.mktemp("study") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(command.RECIPES, "quick", (quick, LITTLE))
+        patch.setitem(command.SIZES, "quick", LITTLE)
         for seed in (2, 1, 0):  # another machine rounds differently, and one run in twelve does not grok
             arguments = ["--out", str(directory), "--seed", str(seed), "--quiet"]
             if command.main([*arguments, "--fresh"]) == 0:

@@ -4,31 +4,25 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from .findings import collect, write
 from .gallery import draw_all
-from .recipe import Recipe
-from .recipes import paper, positional, quick, quick_positional
+from .recipes import RECIPES
 from .results import Results
-from .sizes import PAPER, QUICK, Sizes
+from .sizes import PAPER, QUICK
 from .study import Study
 from .task import TASKS
 
-RECIPES: dict[str, tuple[Callable[..., Recipe], Sizes]] = {
-    "quick": (quick, QUICK),
-    "paper": (paper, PAPER),
-    "quick-positional": (quick_positional, QUICK),
-    "positional": (positional, PAPER),
-}
+SIZES = {"quick": QUICK, "paper": PAPER, "quick-positional": QUICK, "positional": PAPER}
+"""How much is made of each recipe's run."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Compute and draw what is not there yet, and write the findings."""
     options = parse(arguments)
-    make, sizes = RECIPES[options.recipe]
-    study = Study(make(options.seed, task=options.task), options.out, progress=not options.quiet)
+    recipe, sizes = RECIPES[options.recipe](options.seed, task=options.task), SIZES[options.recipe]
+    study = Study(recipe, options.out, progress=not options.quiet)
     try:
         study.prepare(fresh=options.fresh)
         print(summary(Results(study, sizes)))

@@ -21,10 +21,7 @@ __all__ = ["by_class", "by_element", "by_example", "class_means", "kernel_machin
 def open_study(recipe: Recipe, store: Path) -> explaind.Run:
     """The recorded run, with the paper's layer groups."""
     run = explaind.open_run(store, model=recipe.make_model())
-    groups = layer_groups(run.model)
-    # The paper's positional embedding is never read and never moves: no layer of its own.
-    groups["embedding"] += groups.pop("positions", [])
-    run.layers = groups
+    run.layers = layer_groups(run.model)
     return run
 
 

@@ -170,17 +170,26 @@ class Results:
 
     # ---------------------------------------------------------------- phases by a statistic
 
+    @property
+    def search(self) -> segments.Search:
+        """How change points are looked for."""
+        return segments.Search(num_draws=self.sizes.draws)
+
     @cached_property
     def change_point_number(self) -> pd.DataFrame:
         """How many change points the layer shares have."""
-        return self.study.table("change_point_number", lambda: segments.number_of_change_points(self.layer_shares))
+        return self.study.table(
+            "change_point_number", lambda: segments.number_of_change_points(self.layer_shares, search=self.search)
+        )
 
     @cached_property
     def change_points(self) -> pd.DataFrame:
         """Where they are, with intervals."""
         numbers = self.change_point_number
         number = int(numbers["number"][numbers["chosen"]].iloc[0])
-        return self.study.table("change_points", lambda: segments.change_points(self.layer_shares, number))
+        return self.study.table(
+            "change_points", lambda: segments.change_points(self.layer_shares, number, search=self.search)
+        )
 
     # ---------------------------------------------------------------- frequencies
 

@@ -29,6 +29,8 @@ class Sizes:
     """Random draws of what is not copied."""
     retrain_epochs: int
     """Epochs of each retraining."""
+    draws: int
+    """Series that change points are tested with."""
     perturbed: int
     """Examples, and parameters, that are removed of each kind: with the largest scores, and at random."""
     perturbed_queries: int
@@ -47,6 +49,7 @@ QUICK = Sizes(
     checkpoints=40,
     retrain_seeds=3,
     retrain_epochs=250,
+    draws=199,
     perturbed=50,
     perturbed_queries=5,
     perturbed_steps=(1, 10),
@@ -63,6 +66,7 @@ PAPER = Sizes(
     checkpoints=100,
     retrain_seeds=5,
     retrain_epochs=500,
+    draws=199,
     perturbed=200,
     perturbed_queries=10,
     perturbed_steps=(1, 10),

@@ -26,7 +26,7 @@ def kernel_by_class(kernels: xr.DataArray) -> Figure:
     for place in range(columns):
         kernel = kernels.isel(phase=place)
         heat, profile = grid[:, place]
-        named = kernel.rename({"query": "validation class (a + b) mod p", "group": "training class (a + b) mod p"})
+        named = kernel.rename({"query": "validation class, the right answer", "group": "training class"})
         plot_heatmap(named.rename("contribution (nats)"), ax=heat)
         heat.set_title(f"{kernel['phase'].item()}\nsteps {int(kernel['first_step'])}–{int(kernel['last_step'])}")
         differences = class_difference_profile(kernel)

@@ -19,7 +19,7 @@ def embedding(points: pd.DataFrame, *, layer: str) -> Figure:
         layer: whose scores.
     """
     figure, ax = plt.subplots(figsize=(6.5, 5.5), layout="constrained")
-    plot_embedding(points.rename(columns={"class": "class (a + b) mod p"}), colour="class (a + b) mod p", ax=ax)
+    plot_embedding(points.rename(columns={"class": "class, the right answer"}), colour="class, the right answer", ax=ax)
     ax.set(xlabel="UMAP 1 (no unit)", ylabel="UMAP 2 (no unit)")
     figure.suptitle(f"UMAP of the {layer} scores of {len(points)} validation predictions, whole run")
     return figure
