@@ -22,6 +22,8 @@ from experiments.grokking.task import ModularAddition
 from experiments.grokking.training import evaluate, train
 from explaind import Attribution
 
+pytestmark = pytest.mark.timeout(3000)  # whichever test comes first waits for the whole study
+
 LITTLE = Sizes(
     tolerance=1e-2,
     single_queries=16,
