@@ -21,8 +21,8 @@ grokking: $(runtime) ## train the quick grokking run and explain it, into storag
 benchmarks: $(dev) ## measure what attribution costs, into docs/benchmarks.md; best on an idle machine
 	OMP_NUM_THREADS=1 $(python) -m tests.benchmarks
 
-test: $(dev) ## run the tests
-	$(python) -m pytest
+test: $(dev) ## run the tests, a file on each core at a time
+	$(python) -m pytest --numprocesses auto --dist loadfile
 
 lint: $(dev) ## check style and formatting
 	$(python) -m ruff check
@@ -44,7 +44,7 @@ $(runtime): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(pip) install --upgrade pip
 	$(pip) install --constraint constraints.txt torch
-	$(pip) install --constraint constraints.txt --editable .
+	$(pip) install --constraint constraints.txt --editable '.[analysis]'
 	@touch $@
 
 $(dev): $(runtime)

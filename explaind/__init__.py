@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from explaind import averages, errors, optimizers, outputs, quadrature
     from explaind.attribution import Attribution, Closure
     from explaind.checkpoints import from_checkpoints
+    from explaind.kernel import PathKernelModel
     from explaind.query import Query
     from explaind.recording.recorder import Recorder, trace
     from explaind.run import Run, open_run
@@ -29,6 +30,7 @@ __all__ += [  # open
 __all__ += [  # attribute
     "Attribution",
     "Closure",
+    "PathKernelModel",
     "Query",
     "averages",
     "optimizers",
@@ -41,6 +43,7 @@ __all__ += ["errors"]
 _HOMES = {
     "Attribution": "explaind.attribution",
     "Closure": "explaind.attribution",
+    "PathKernelModel": "explaind.kernel",
     "Query": "explaind.query",
     "Recorder": "explaind.recording.recorder",
     "Run": "explaind.run",

@@ -192,7 +192,10 @@ class Attribution:
 
     @property
     def plot(self) -> AttributionPlots:
-        """Figures of this result: `plot.layers()`, `plot.steps()`, `plot.examples(query=…)`."""
+        """Figures of this result: `plot.layers()`, `plot.steps()`, `plot.examples(query=…)`, `plot.kernel()`, ….
+
+        All are methods of `explaind.plots.accessor.AttributionPlots`.
+        """
         from explaind.plots.accessor import AttributionPlots
 
         return AttributionPlots(self)

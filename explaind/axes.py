@@ -7,13 +7,24 @@ import os
 from collections.abc import Mapping, Sequence
 from operator import index
 
+import torch
+from torch import Tensor
+
 from explaind.errors import ResultTooLargeError
 from explaind.run import Run
 
-__all__ = ["check_axes", "check_size", "select_layers", "select_steps"]
+__all__ = ["check_axes", "check_size", "select_elements", "select_layers", "select_steps"]
 
-_AXES = ("query", "example", "group", "step", "update_step", "token", "layer", "parameter")
-_EXCLUSIVE = (("example", "group"), ("step", "update_step"), ("layer", "parameter"))
+_AXES = ("query", "example", "group", "step", "update_step", "window", "token", "layer", "parameter", "element")
+_EXCLUSIVE = (
+    ("example", "group"),
+    ("step", "update_step"),
+    ("step", "window"),
+    ("update_step", "window"),
+    ("layer", "parameter"),
+    ("layer", "element"),
+    ("parameter", "element"),
+)
 
 
 def check_axes(by: Sequence[str]) -> tuple[str, ...]:
@@ -35,6 +46,10 @@ def check_axes(by: Sequence[str]) -> tuple[str, ...]:
             )
     if "token" in axes and "update_step" in axes:
         raise ValueError("by with 'token' goes with 'step', not 'update_step': tokens have no momentum buffers.")
+    if "element" in axes and (others := {"example", "group", "token", "update_step"}.intersection(axes)):
+        raise ValueError(
+            f"by with 'element' goes with 'step' or 'window', for all examples together; not with {min(others)!r}."
+        )
     return axes
 
 
@@ -86,6 +101,11 @@ def select_layers(run: Run, *, axis: str | None, layers: Sequence[str] | None) -
     if axis is None:
         return ["all"], [_merge([part for layer in slices for part in layer])]
     return chosen, slices
+
+
+def select_elements(slices: list[list[slice]], device: torch.device) -> Tensor:
+    """The elements of all layers in their order in the flat vector, `[element]`."""
+    return torch.cat([torch.arange(part.start, part.stop) for layer in slices for part in layer]).to(device)
 
 
 def _merge(parts: list[slice]) -> list[slice]:

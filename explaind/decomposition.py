@@ -50,6 +50,7 @@ def _sweeps(request: Request, products: ExampleProducts | None, at_once: int, si
             sources=request.sources,
             num_tokens=request.num_tokens,
             slices=request.slices,
+            elements=request.elements,
             wanted=request.wanted,
             rule=request.rule,
             tolerance=request.tolerance,
@@ -57,7 +58,7 @@ def _sweeps(request: Request, products: ExampleProducts | None, at_once: int, si
             dtype=request.dtype,
             device=request.device,
         )
-        ledger = Ledger(request.coordinates, sink, queries)
+        ledger = Ledger(request.coordinates, sink, queries, request.windows)
         by_step = sweep.by_update_step() if request.steps_axis == "update_step" else sweep.by_step()
         for step, terms in by_step:
             ledger.enter(step, terms)
@@ -67,7 +68,7 @@ def _sweeps(request: Request, products: ExampleProducts | None, at_once: int, si
         beside.append(certificate(sweep, updates))
     joined = {n: (dims, np.concatenate([part[n][1] for part in beside])) for n, (dims, _) in beside[0].items()}
     coordinates = {"query": list(function.names), **request.coordinates, "update_step": updates}
-    dataset = xr.Dataset(joined, coordinates, attributes(request, products))
+    dataset = xr.Dataset(joined, coordinates, attributes(request, products)).assign_coords(request.beside)
     return dataset if "query" in request.axes else dataset.squeeze("query", drop=True)
 
 

@@ -12,16 +12,25 @@ from torch import Tensor
 from explaind.attribution import TERMS
 from explaind.path.step import StepTerms
 from explaind.path.sweep import Sweep
-from explaind.stream import Sink
+from explaind.stream import STEP_AXES, Sink
+from explaind.windows import Windows
 
 __all__ = ["Ledger", "certificate", "term_sizes"]
 
+_EXAMPLES = ("example", "group", "token")
+
 
 def term_sizes(coordinates: Mapping[str, Any]) -> dict[str, dict[str, int]]:
-    """Of every term the lengths of its axes; examples and tokens are the contribution's only."""
+    """Of every term the lengths of its axes.
+
+    Examples and tokens are the contribution's only; single elements also the decay's.
+    """
     sizes = {axis: len(labels) for axis, labels in coordinates.items()}
-    common = {axis: size for axis, size in sizes.items() if axis not in ("example", "group", "token")}
-    return {name: sizes if name == "contribution" else common for name in TERMS}
+    without = {"contribution": (), "decay": _EXAMPLES}
+    return {
+        name: {axis: size for axis, size in sizes.items() if axis not in without.get(name, (*_EXAMPLES, "element"))}
+        for name in TERMS
+    }
 
 
 class Ledger:
@@ -31,13 +40,15 @@ class Ledger:
         coordinates: labels of the axes that are kept.
         sink: where the arrays come together.
         queries: the queries whose terms are entered, among all.
+        windows: what the window axis sums, if it is kept.
     """
 
-    def __init__(self, coordinates: Mapping[str, Any], sink: Sink, queries: slice) -> None:
+    def __init__(self, coordinates: Mapping[str, Any], sink: Sink, queries: slice, windows: Windows | None) -> None:
         self._sizes, self._sink, self._queries = term_sizes(coordinates), sink, queries
-        axis = next((axis for axis in ("step", "update_step") if axis in coordinates), None)
-        self._axis = axis
-        self._place = {step: place for place, step in enumerate(coordinates[axis])} if axis else {}
+        axis = next((axis for axis in STEP_AXES if axis in coordinates), None)
+        self._axis, self._windows = axis, windows
+        steps = windows.place if windows else {step: n for n, step in enumerate(coordinates[axis])} if axis else {}
+        self._place = steps
         self._open: dict[str, tuple[int, NDArray[np.float64]]] = {}
         """Of every term the first step of the block that is being filled, and the block."""
 
@@ -54,7 +65,9 @@ class Ledger:
                 self._open[name] = (first, self._new_block(name, first, length, values))
             block = self._open[name][1]
             if self._axis:
-                np.moveaxis(block, list(sizes).index(self._axis), 0)[place - first] = values
+                block = np.moveaxis(block, list(sizes).index(self._axis), 0)[place - first, ...]
+            if self._axis and not self._windows:
+                block[...] = values
             else:
                 block += values
 
@@ -68,7 +81,7 @@ class Ledger:
             return np.zeros_like(values)
         sizes = self._sizes[name]
         place, steps = list(sizes).index(self._axis), min(length, sizes[self._axis] - first)
-        return np.full((*values.shape[:place], steps, *values.shape[place:]), np.nan)
+        return np.full((*values.shape[:place], steps, *values.shape[place:]), 0.0 if self._windows else np.nan)
 
     def _hand_over(self, name: str) -> None:
         first, block = self._open.pop(name)
@@ -81,7 +94,8 @@ class Ledger:
 def _summed(term: Tensor, sizes: Mapping[str, int]) -> NDArray[np.float64]:
     """A step's term without the axes of length one that are not kept."""
     axes = ("query", "example", "token", "layer") if term.ndim == 4 else ("query", "layer")
-    kept = {"example" if axis == "group" else "layer" if axis == "parameter" else axis for axis in sizes}
+    called = {"group": "example", "parameter": "layer", "element": "layer"}
+    kept = {called.get(axis, axis) for axis in sizes}
     array: NDArray[np.float64] = term.cpu().numpy()
     return array[tuple(slice(None) if axis in kept else 0 for axis in axes)]
 

@@ -8,9 +8,10 @@ from functools import cached_property
 from typing import Any, TypedDict
 
 import torch
+from torch import Tensor
 
 from explaind.averages import Average
-from explaind.axes import check_axes, check_size, select_layers, select_steps
+from explaind.axes import check_axes, check_size, select_elements, select_layers, select_steps
 from explaind.path.averaged import ExplainedPath, explained_path
 from explaind.path.budget import Budget, check_memory
 from explaind.path.products import ExampleProducts, TangentProducts
@@ -21,18 +22,19 @@ from explaind.places import Place, place_of
 from explaind.quadrature import Adaptive, FixedRule, Quadrature, adaptive
 from explaind.query import Query
 from explaind.run import Run
-from explaind.stream import check_unused
+from explaind.stream import STEP_AXES, check_unused
+from explaind.windows import Windows, select_windows
 
-__all__ = ["Request", "Settings", "check_request", "products_of"]
+__all__ = ["KernelSettings", "Request", "Settings", "check_request", "products_of"]
 
 
-class Settings(TypedDict, total=False):
-    """The optional arguments of `Run.attribute`, which says what they mean."""
+class KernelSettings(TypedDict, total=False):
+    """The optional arguments of `Run.kernel`; `Run.attribute` says what they mean."""
 
     steps: range | Sequence[int] | None
-    examples: Sequence[int] | None
     layers: Sequence[str] | None
     groups: Mapping[int, Any] | Sequence[Any] | None
+    windows: int | Mapping[Any, range | slice] | None
     average: Average | None
     tolerance: float
     quadrature: Quadrature | str
@@ -41,6 +43,12 @@ class Settings(TypedDict, total=False):
     out: str | Place | None
     memory: int | None
     progress: bool
+
+
+class Settings(KernelSettings, total=False):
+    """The optional arguments of `Run.attribute`."""
+
+    examples: Sequence[int] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +67,10 @@ class Request:
     """Names along the layer axis."""
     slices: list[list[slice]]
     """Their elements."""
+    elements: Tensor | None
+    """The element axis; None without it."""
+    windows: Windows | None
+    """The window axis; None without it."""
     num_tokens: int | None
     """Length of the token axis; None without it."""
     function: QueryFunction
@@ -74,8 +86,8 @@ class Request:
 
     @property
     def steps_axis(self) -> str | None:
-        """`"step"`, `"update_step"`, or None if the steps are summed."""
-        return next((axis for axis in self.axes if axis in ("step", "update_step")), None)
+        """`"step"`, `"update_step"`, `"window"`, or None if the steps are summed."""
+        return next((axis for axis in STEP_AXES if axis in self.axes), None)
 
     @cached_property
     def coordinates(self) -> dict[str, Any]:
@@ -84,10 +96,26 @@ class Request:
         return (
             ({"query": list(self.function.names)} if "query" in self.axes else {})
             | ({self.sources.dimension: self.sources.labels} if self.sources.dimension else {})
-            | ({self.steps_axis: self.wanted} if self.steps_axis else {})
+            | ({self.steps_axis: self.windows.labels if self.windows else self.wanted} if self.steps_axis else {})
             | ({"token": list(range(self.num_tokens))} if self.num_tokens else {})
             | ({layers_axis: self.layers} if layers_axis else {})
+            | ({"element": self.elements.tolist()} if self.elements is not None else {})
         )
+
+    @property
+    def beside(self) -> dict[str, tuple[str, list[Any]]]:
+        """Further labels along the axes that are kept, as coordinates for xarray."""
+        labels: dict[str, tuple[str, list[Any]]] = {}
+        if self.windows:
+            labels["first_step"] = ("window", [steps[0] for steps in self.windows.steps])
+            labels["last_step"] = ("window", [steps[-1] for steps in self.windows.steps])
+        if self.elements is not None:
+            groups = {member: layer for layer, members in self.run.layers.items() for member in members}
+            names = [parameter.name for parameter in self.run.table for _ in range(parameter.num_elements)]
+            kept = [names[element] for element in self.elements.tolist()]
+            labels["parameter"] = ("element", kept)
+            labels["layer"] = ("element", [groups[name] for name in kept])
+        return labels
 
     def new_path(self) -> ExplainedPath:
         """The path that the queries are integrated along, at its beginning."""
@@ -103,6 +131,7 @@ def check_request(
     examples: Sequence[int] | None = None,
     layers: Sequence[str] | None = None,
     groups: Mapping[int, Any] | Sequence[Any] | None = None,
+    windows: int | Mapping[Any, range | slice] | None = None,
     average: Average | None = None,
     tolerance: float = 1e-6,
     quadrature: Quadrature | str = "adaptive",
@@ -133,7 +162,12 @@ def check_request(
     budget = check_memory(memory, place)
     dtype = dtype or run.table.dtype
     sources = select_sources(run.examples, axis=examples_axis, examples=examples, groups=groups)
+    chosen = select_windows(windows, num_steps=run.num_steps, asked="window" in axes)
+    if chosen is not None and isinstance(windows, Mapping) and steps is None:
+        steps = list(chosen.place)
     wanted = select_steps(run, steps)
+    if chosen is not None:
+        chosen = chosen.of(wanted)
     names, slices = select_layers(run, axis=layers_axis, layers=layers)
     fixed = explained_path(run, average, place).fixed
     request = Request(
@@ -144,6 +178,8 @@ def check_request(
         wanted=wanted,
         layers=names,
         slices=slices,
+        elements=select_elements(slices, place) if "element" in axes else None,
+        windows=chosen,
         num_tokens=count_tokens(run) if "token" in axes else None,
         function=QueryFunction(
             run, query, fixed=fixed, combined="query" not in axes, dtype=dtype, device=place, memory=budget

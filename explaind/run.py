@@ -17,14 +17,17 @@ from explaind.record import Record
 from explaind.store import StoreReader, decoding
 
 if TYPE_CHECKING:
+    import xarray as xr
+
     from explaind.attribution import Attribution
     from explaind.averages import Average
+    from explaind.features import FeatureSettings
     from explaind.info import StoreInfo
     from explaind.path.verify import VerifyReport
     from explaind.planning.plan import Plan
     from explaind.quadrature import Quadrature
     from explaind.query import Query
-    from explaind.request import Settings
+    from explaind.request import KernelSettings, Settings
 
 __all__ = ["Run", "open_run"]
 
@@ -165,6 +168,7 @@ class Run(Record):
         examples: Sequence[int] | None = None,
         layers: Sequence[str] | None = None,
         groups: Mapping[int, Any] | Sequence[Any] | None = None,
+        windows: int | Mapping[Any, range | slice] | None = None,
         average: Average | None = None,
         tolerance: float = 1e-6,
         quadrature: Quadrature | str = "adaptive",
@@ -181,13 +185,16 @@ class Run(Record):
 
         Args:
             query: the predictions to explain.
-            by: the axes to keep, any of `query`, `example` | `group`, `step` | `update_step`, `layer` | `parameter`.
-                The others are summed. `step` is when a gradient was taken, `update_step` when the optimizer applied
-                it.
+            by: the axes to keep, any of `query`, `example` | `group`, `step` | `update_step` | `window`, `token`,
+                `layer` | `parameter` | `element`. The others are summed. `step` is when a gradient was taken,
+                `update_step` when the optimizer applied it. `element` is every single number of the parameters, for all
+                examples together; `quadrature` measures the error of the sum over them, in which theirs may cancel.
             steps: keep only these steps.
             examples: keep only these example ids.
             layers: keep only these layers (or parameters).
             groups: a label per example, for `by=(…, "group")`: a mapping by id or a sequence along `run.examples`.
+            windows: for `by=(…, "window")`, which steps are summed: a number, for windows of so many steps, or a label
+                and successive steps for each, `{"memorising": range(0, 60), …}`. Steps count when a gradient was taken.
             average: explain averaged weights, one of `explaind.averages`, in place of the last ones: q(avg_S) for
                 q(θ_S). The path, and all that is said of it, then is the average's.
             tolerance: wanted quadrature error, as a part of the query's path length Σ_s |q(θ_{s+1}) − q(θ_s)|.
@@ -240,6 +247,7 @@ class Run(Record):
             examples=examples,
             layers=layers,
             groups=groups,
+            windows=windows,
             average=average,
             tolerance=tolerance,
             quadrature=quadrature,
@@ -271,6 +279,77 @@ class Run(Record):
         from explaind.planning.calibration import make_plan
 
         return make_plan(self, query, by=by, **settings)
+
+    def kernel(
+        self,
+        query: Query,
+        examples: Sequence[int] | None = None,
+        *,
+        by: Sequence[str] = ("query", "example"),
+        **settings: Unpack[KernelSettings],
+    ) -> xr.DataArray:
+        """The exact path kernel between predictions and training examples, summed over the axes that `by` leaves out.
+
+        K[q, k, …] = −Σ ⟨φ_q, φ_k⟩, with `query_features` for φ_q and `train_features` for φ_k: what the gradients of
+        example k did to query q. Both sides include the loss's slope and the optimizer's scale, as in ExPLAIND (arXiv
+        2505.20076), so the kernel's rows sum to what the data did. With `window` in `by` they are accumulated over
+        windows of steps, with `group` and `query.mean(by_class=…)` over classes, with `layer` told apart by layer.
+
+        Args:
+            query: as in `attribute`.
+            examples: ids along the example axis, by default all.
+            by: as in `attribute`.
+            settings: likewise.
+
+        Returns:
+            The matrix `[*by]` in the unit of the query, with the closure of its sum in its attributes. With `out=` it
+            is read when it is used.
+
+        Raises:
+            ClosureError: the terms do not sum to the predictions within `tolerance`.
+            Exception: what `attribute` raises.
+        """
+        from explaind.kernel import path_kernel
+
+        return path_kernel(self, query, examples, by=by, **settings)
+
+    def query_features(self, query: Query, step: int, **settings: Unpack[FeatureSettings]) -> dict[str, Tensor]:
+        """φ_q = ∫_0^1 ∇q(θ_step + tΔ_step) dt by parameter name, `[query, *shape]`; ⟨φ_q, Δ_step⟩ is q's change.
+
+        Args:
+            query: as in `attribute`.
+            step: the update that the gradient is averaged over.
+            settings: `tolerance` (a part of the step's change), `quadrature`, `dtype`, `device` and `memory` as in
+                `attribute`.
+
+        Raises:
+            ClosureError: the average is not accurate enough.
+        """
+        from explaind.features import query_features
+
+        return query_features(self, query, step, **settings)
+
+    def train_features(self, step: int, examples: Sequence[int] | None = None) -> dict[str, Tensor]:
+        """φ_k, the part of −Δ_step that came from each example's gradients, `{name: [example, *shape]}`, float64.
+
+        Through the optimizer's momentum these are all its gradients up to the step, so that the sum over all examples
+        is −Δ_step but for weight decay; −⟨φ_q, φ_k⟩ is the contribution by `update_step`.
+
+        Args:
+            step: the update.
+            examples: their ids, in the order wanted; by default `run.examples`.
+
+        Raises:
+            UnknownUpdateRuleError: the optimizer has no rule.
+            ValueError: steps or examples that the run does not have.
+            ResultTooLargeError: the vectors of so many examples would not fit in memory.
+
+        Cost:
+            Replays all steps up to this one. Memory: four vectors of the parameters' size for each example.
+        """
+        from explaind.features import train_features
+
+        return train_features(self, step, examples)
 
     def info(self) -> StoreInfo:
         """Where the bytes of the run are, and what a writer left beside it; as the disk has it now."""

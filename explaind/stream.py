@@ -22,10 +22,23 @@ from explaind.errors import StoreExistsError, StoreUnreachableError
 from explaind.places import Place
 from explaind.remote import RemotePath
 
-__all__ = ["CHUNK_BYTES", "Kept", "Sink", "Stored", "check_unused", "chunk_sizes", "new_store", "write_dataset"]
+__all__ = [
+    "CHUNK_BYTES",
+    "STEP_AXES",
+    "Kept",
+    "Sink",
+    "Stored",
+    "check_unused",
+    "chunk_sizes",
+    "new_store",
+    "write_dataset",
+]
 
 CHUNK_BYTES = 8 << 20
 """Of a chunk before it is compressed."""
+
+STEP_AXES = ("step", "update_step", "window")
+"""The axes that a result is filled along."""
 
 Region = tuple[slice, ...]
 
@@ -84,7 +97,7 @@ class Stored:
             for name, own in sizes.items()
         }
         self._steps = {
-            name: chunk_sizes(own, num_queries=num_queries).get("step" if "step" in own else "update_step", 1)
+            name: chunk_sizes(own, num_queries=num_queries).get(next((a for a in STEP_AXES if a in own), ""), 1)
             for name, own in sizes.items()
         }
         self._thread, self._writing = ThreadPoolExecutor(1), Future[None]()
@@ -116,7 +129,7 @@ class Stored:
 def chunk_sizes(sizes: Mapping[str, int], *, num_queries: int) -> dict[str, int]:
     """Lengths of a chunk: whole steps as far as they fit, else parts of one, cut along its first axes."""
     chunk = {name: max(1, size) for name, size in sizes.items()}
-    steps = next((name for name in sizes if name in ("step", "update_step")), None)
+    steps = next((name for name in sizes if name in STEP_AXES), None)
     if steps is not None:
         chunk[steps] = 1
     if "query" in chunk:

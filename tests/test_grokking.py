@@ -1,6 +1,7 @@
 """The grokking experiment: the paper's sizes, and all stages end to end on a tiny problem."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -9,13 +10,35 @@ import torch
 import xarray as xr
 
 from experiments.grokking import __main__ as command
-from experiments.grokking import decompose
+from experiments.grokking import training
+from experiments.grokking.claims import CLAIMS
+from experiments.grokking.gallery import GALLERY
 from experiments.grokking.measures import class_difference_profile, same_class_share, smooth
 from experiments.grokking.model import LAYER_GROUPS, ModularTransformer, layer_groups
 from experiments.grokking.phases import find_phases
-from experiments.grokking.recipes import paper
+from experiments.grokking.recipes import paper, quick
+from experiments.grokking.sizes import Sizes
 from experiments.grokking.task import ModularAddition
+from experiments.grokking.training import evaluate, train
 from explaind import Attribution
+
+pytestmark = pytest.mark.timeout(3000)  # whichever test comes first waits for the whole study
+
+LITTLE = Sizes(
+    tolerance=1e-2,
+    single_queries=16,
+    window=100,
+    machine_inputs=1,
+    node_queries=2,
+    node_steps=1,
+    checkpoints=6,
+    retrain_seeds=1,
+    retrain_epochs=3,
+    draws=19,
+    perturbed=3,
+    perturbed_queries=2,
+    perturbed_steps=(1, 2),
+)
 
 
 def test_the_papers_model_has_its_sizes():
@@ -80,11 +103,10 @@ def test_smoothing_keeps_the_mean_of_a_line():
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """The quick study itself, with a coarser quadrature and fewer single predictions to keep it short."""
+    """The quick study itself, with a coarser quadrature and less of every analysis to keep it short."""
     directory = tmp_path_factory.mktemp("study") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decompose, "TOLERANCE", 1e-2)
-        patch.setattr(decompose, "NUM_CHOSEN", 2)
+        patch.setitem(command.SIZES, "quick", LITTLE)
         for seed in (2, 1, 0):  # another machine rounds differently, and one run in twelve does not grok
             arguments = ["--out", str(directory), "--seed", str(seed), "--quiet"]
             if command.main([*arguments, "--fresh"]) == 0:
@@ -99,24 +121,67 @@ def test_the_quick_recipe_groks(study):
     assert phases.end <= 1000
 
 
-def test_a_study_leaves_figures_findings_and_results_that_close(study):
+def test_a_study_leaves_every_picture_with_its_data(study):
     directory, _ = study
-    assert len(list((directory / "figures").glob("*.png"))) == 6
+    for name in GALLERY:
+        for kind in ("png", "svg"):
+            assert (directory / "figures" / f"{name}.{kind}").stat().st_size > 1000
+        assert list((directory / "figures").glob(f"{name}*.csv")) + list((directory / "figures").glob(f"{name}*.zarr"))
+
+
+def test_a_studys_findings_have_the_closure_of_every_decomposition(study):
+    directory, _ = study
     findings = json.loads((directory / "findings.json").read_text())
-    assert findings["closure"]["by_class"]["relative_closure_error"] <= 1e-12
-    assert findings["closure"]["by_class"]["quadrature_error_over_change"] <= 1e-2
-    assert f"reached 0.99 at step {findings['memorised_at']}" in (directory / "findings.md").read_text()
-    for name in ("by_class", "by_example"):
-        assert Attribution.open(directory / f"{name}.zarr").check().passed
+    assert set(findings["closure"]) == {"by class", "by example", "by element"}
+    for name, closure in findings["closure"].items():
+        assert closure["relative_closure_error"] <= 1e-12
+        assert closure["quadrature_error_over_change"] <= 1e-2
+        assert Attribution.open(directory / f"{name.replace(' ', '_')}.zarr").check().passed
+    assert findings["kernel_machine"]["argmax_agreement"] == 1
 
 
-def test_a_study_is_resumed_where_it_stopped(study, capsys):
+def test_every_claim_is_judged_in_the_findings(study):
+    directory, _ = study
+    findings = json.loads((directory / "findings.json").read_text())
+    page = (directory / "findings.md").read_text()
+    assert len(findings["claims"]) == len(CLAIMS)
+    for claim in findings["claims"]:
+        assert claim["verdict"] in ("agrees", "refines", "disagrees")
+        assert claim["figure"] in GALLERY
+        assert claim["ours"] in page
+    assert f"reached 0.99 at step {findings['memorised_at']}" in page
+
+
+def test_a_study_goes_on_where_it_stopped(study):
     directory, arguments = study
     before = (directory / "by_class.zarr" / "zarr.json").stat().st_mtime_ns
     (directory / "findings.md").unlink()
+    (directory / "swaps.csv").unlink()
+    (directory / "figures" / "swaps.drawn").unlink()
+    (directory / "retrained" / "nothing-0.csv").unlink()
     assert command.main(arguments) == 0
     assert (directory / "findings.md").is_file()
+    assert (directory / "swaps.csv").is_file()
+    assert (directory / "retrained" / "nothing-0.csv").is_file()
     assert (directory / "by_class.zarr" / "zarr.json").stat().st_mtime_ns == before
+
+
+def test_an_interrupted_training_goes_on_with_the_same_curves(tmp_path, monkeypatch):
+    recipe = replace(quick(), max_steps=6)
+    whole = train(recipe, tmp_path / "whole.zarr", progress=False)
+    evaluated = []
+
+    def interrupting(*arguments):
+        evaluated.append(arguments)
+        if len(evaluated) == 5:
+            raise KeyboardInterrupt
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(training, "evaluate", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path / "half.zarr", progress=False)
+    assert len(evaluated) == 5
+    pd.testing.assert_frame_equal(train(recipe, tmp_path / "half.zarr", progress=False), whole)
 
 
 def test_a_directory_of_another_study_is_refused(study, tmp_path, capsys):

@@ -1,35 +1,67 @@
-"""Summaries of decompositions, arrays in and arrays out."""
+"""Summaries of the study's decompositions, arrays in and arrays out."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
+import pandas as pd
 import xarray as xr
 
-__all__ = ["class_difference_profile", "layer_influence", "same_class_share", "smooth", "step_sizes"]
+from explaind.analysis.influence import layer_influence, model_influence, smooth
+from explaind.attribution import TERMS
+from explaind.sums import sums
+
+__all__ = [
+    "certificate_by_step",
+    "class_difference_profile",
+    "layer_influence",
+    "phase_kernels",
+    "running_totals",
+    "same_class_share",
+    "smooth",
+    "step_sizes",
+]
 
 
 def step_sizes(data: xr.Dataset) -> xr.Dataset:
-    """Mean over queries of |change of the prediction| per step, of the data part and of the decay part, `[step]`.
+    """Mean over queries of |change of the prediction| in every step, by `contribution` and by `decay`, `[step]`."""
+    return model_influence(data).rename(data="contribution") / data.sizes["query"]
 
-    The paper's model influence: an L1 norm over validation predictions of each part's effect in a step.
+
+def running_totals(data: xr.Dataset) -> xr.Dataset:
+    """Mean over queries of what `data` and `decay` did up to every step, `[step]`."""
+    totals = {}
+    for name, term in (("data", data.contribution), ("decay", data.decay)):
+        (change,) = sums(term, ("query", "step"), np.positive)
+        totals[name] = change.mean("query").cumsum("step").assign_coords(step=change["step"])
+    return xr.Dataset(totals)
+
+
+def phase_kernels(data: xr.Dataset, phases: Mapping[str, slice]) -> xr.DataArray:
+    """The kernel between classes, accumulated over each phase and all layers, `[phase, query, group]`.
+
+    Args:
+        data: by query, group and step.
+        phases: half-open ranges of steps.
     """
-    parts = {}
-    for name in ("contribution", "decay"):
-        term = data[name]
-        change = abs(term.sum([dim for dim in term.dims if dim not in ("query", "step")]))
-        parts[name] = change.mean("query")
-    return xr.Dataset(parts)
+    (kernel,) = sums(data.contribution, ("query", "group", "step"), np.positive)
+    parts = [kernel.sel(step=slice(span.start, span.stop - 1)).sum("step") for span in phases.values()]
+    joined = xr.concat(parts, "phase", coords="minimal")
+    labels = {
+        "phase": list(phases),
+        "first_step": ("phase", [span.start for span in phases.values()]),
+        "last_step": ("phase", [span.stop - 1 for span in phases.values()]),
+    }
+    return joined.assign_coords(labels).rename("kernel")
 
 
-def layer_influence(data: xr.Dataset) -> xr.DataArray:
-    """Σ over queries and training groups of |contribution|, `[step, layer]`: the paper's layer influence."""
-    influence: xr.DataArray = abs(data.contribution).sum(["query", "group"])
-    return influence
-
-
-def smooth(term: xr.DataArray, window: int = 5) -> xr.DataArray:
-    """Centred running mean over steps; shorter at the ends."""
-    return term.rolling(step=window, center=True, min_periods=1).mean()
+def certificate_by_step(data: xr.Dataset) -> pd.DataFrame:
+    """Of every step Σ |terms| and |measured quadrature error|, means over queries: `explained` and `unexplained`."""
+    changes = [sums(data[name], ("query", "step"), np.positive)[0] for name in TERMS]
+    explained = sum((abs(change).mean("query") for change in changes), start=xr.DataArray(0.0))
+    unexplained = abs(data.quadrature).mean("query").rename(update_step="step")
+    return xr.Dataset({"explained": explained, "unexplained": unexplained}).to_dataframe()
 
 
 def class_difference_profile(kernel: xr.DataArray) -> xr.DataArray:

@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LAYER_GROUPS", "ModularTransformer", "layer_groups"]
+__all__ = ["LAYER_GROUPS", "OUTER", "PIPELINE", "ModularTransformer", "layer_groups"]
 
 LAYER_GROUPS: dict[str, tuple[str, ...]] = {
     "embedding": ("embedding.weight",),
@@ -29,20 +29,26 @@ LAYER_GROUPS: dict[str, tuple[str, ...]] = {
 }
 """The paper's six layer groups: group name to parameter names, in forward order."""
 
+OUTER = ("embedding", "linear2", "decoder")
+"""The paper's outer layers: they turn tokens into features, and features into answers."""
+
+PIPELINE = ("attention encoders", "attention decoders", "linear1")
+"""The paper's pipeline: the layers between them."""
+
 
 def layer_groups(model: nn.Module) -> dict[str, list[str]]:
     """Return the layer groups of a model, so that every parameter is in exactly one.
 
     Args:
-        model: A :class:`ModularTransformer`.
+        model: A :class:`ModularTransformer` or a :class:`~experiments.grokking.positional.PositionalTransformer`.
 
     Returns:
-        :data:`LAYER_GROUPS`, and a seventh group ``"positions"`` if the model holds the unused positional embedding.
+        :data:`LAYER_GROUPS`, with the positional embedding, if the model has one, in the group ``"embedding"``.
     """
     groups = {name: list(parameters) for name, parameters in LAYER_GROUPS.items()}
     grouped = {parameter for parameters in groups.values() for parameter in parameters}
-    rest = [name for name, _ in model.named_parameters() if name not in grouped]
-    return {**groups, "positions": rest} if rest else groups
+    groups["embedding"] += [name for name, _ in model.named_parameters() if name not in grouped]
+    return groups
 
 
 class ModularTransformer(nn.Module):

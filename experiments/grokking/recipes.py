@@ -1,138 +1,33 @@
-"""Recipes of the grokking study: everything that fixes a run, as frozen values.
+"""Recipes of the grokking study, by task and seed.
 
 :func:`paper` is the published modular-addition run. :func:`quick` keeps its architecture, optimizer and phases
 (memorise, then generalise) at a small fraction of the cost of an exact attribution, which grows with steps × training
-examples × parameters.
+examples × parameters. :func:`positional` and :func:`quick_positional` are the same of the second architecture.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
-import torch
-from torch import nn
+from .recipe import Recipe, StopRule
+from .task import make_task
 
-from .model import ModularTransformer
-from .task import ModularAddition, Split
-
-__all__ = ["Recipe", "StopRule", "paper", "quick"]
+__all__ = ["RECIPES", "Recipe", "StopRule", "paper", "positional", "quick", "quick_positional"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class StopRule:
-    """Stop once both accuracies have been high for some steps in a row.
-
-    Examples:
-        >>> rule = StopRule(train_accuracy=1.0, validation_accuracy=0.95, patience=2)
-        >>> rule.met([(1.0, 0.96)]), rule.met([(1.0, 0.9), (1.0, 0.95), (1.0, 0.97)])
-        (False, True)
-    """
-
-    train_accuracy: float
-    """Least training accuracy, in 0…1."""
-    validation_accuracy: float
-    """Least validation accuracy, in 0…1."""
-    patience: int = 1
-    """How many steps in a row must reach both."""
-
-    def met(self, history: list[tuple[float, float]]) -> bool:
-        """Say whether training ends here.
-
-        Args:
-            history: One ``(train accuracy, validation accuracy)`` per step so far.
-
-        Returns:
-            Whether the last ``patience`` entries all reach both accuracies.
-        """
-        last = history[-self.patience :]
-        return len(last) == self.patience and all(
-            train >= self.train_accuracy and validation >= self.validation_accuracy for train, validation in last
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """One training run: task, model, AdamW on the full batch, and when to stop.
-
-    One step is one epoch: the whole training set, reshuffled, as a single batch. The loss is the mean negative
-    log-likelihood in nats.
-    """
-
-    modulus: int
-    """The modulus p of the task."""
-    num_train: int
-    """Number of training pairs."""
-    num_validation: int | None
-    """Number of validation pairs; ``None`` takes all that are left."""
-    width: int
-    """Width of the embedding and of the residual stream."""
-    heads: int
-    """Number of attention heads."""
-    hidden: int
-    """Width of the MLP."""
-    init_scale: float = 1.0
-    """Factor on every initial value."""
-    embedding_scale: float = 1.0
-    """Further factor on the initial embedding."""
-    unused_positions: int = 0
-    """Rows of the positional embedding that the model holds and never reads."""
-    learning_rate: float
-    """AdamW's ``lr``, constant."""
-    betas: tuple[float, float]
-    """AdamW's ``betas``."""
-    eps: float = 1e-8
-    """AdamW's ``eps``."""
-    weight_decay: float
-    """AdamW's decoupled ``weight_decay``; a step shrinks the weights by ``learning_rate * weight_decay``."""
-    max_steps: int
-    """Training ends after this many steps at the latest."""
-    stop: StopRule
-    """Training ends when this rule is met."""
-    seed: int = 0
-    """Seed of the split, of the initial weights and of the shuffling."""
-
-    @property
-    def task(self) -> ModularAddition:
-        """The task, modular addition."""
-        return ModularAddition(self.modulus)
-
-    def make_split(self) -> Split:
-        """Return the seeded training and validation sets."""
-        return self.task.split(self.num_train, self.num_validation, seed=self.seed)
-
-    def make_model(self) -> ModularTransformer:
-        """Return the seeded model at step 0; the global random state is left as it was."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            return ModularTransformer(
-                self.task.vocabulary,
-                self.width,
-                heads=self.heads,
-                hidden=self.hidden,
-                init_scale=self.init_scale,
-                embedding_scale=self.embedding_scale,
-                unused_positions=self.unused_positions,
-            )
-
-    def make_optimizer(self, model: nn.Module) -> torch.optim.AdamW:
-        """Return AdamW over all parameters of the model."""
-        return torch.optim.AdamW(
-            model.parameters(),
-            lr=self.learning_rate,
-            betas=self.betas,
-            eps=self.eps,
-            weight_decay=self.weight_decay,
-        )
-
-
-def paper(seed: int = 0) -> Recipe:
+def paper(seed: int = 0, *, task: str = "addition") -> Recipe:
     """Return MOD-113, the published run: 89,664 parameters, 4,000 training pairs, at most 4,000 steps.
 
     Step numbers depend on the run: theirs stopped at 1,939, a CPU re-run at 1,068.
+
+    Args:
+        seed: Of the split, of the initial weights and of the shuffling.
+        task: The published one, or another on the same part of its pairs.
     """
     return Recipe(
+        operation=task,
         modulus=113,
-        num_train=4000,
+        num_train=_part(task, 113, 4000 / 6441),
         num_validation=2000,
         width=64,
         heads=4,
@@ -148,7 +43,7 @@ def paper(seed: int = 0) -> Recipe:
     )
 
 
-def quick(seed: int = 0) -> Recipe:
+def quick(seed: int = 0, *, task: str = "addition") -> Recipe:
     """Return a small run with the paper's phases: modulus 31, 17,256 parameters, 410 training pairs.
 
     Measured on 24 seeds (0…23, CPU, one thread, PyTorch 2.13): training accuracy reaches 0.99 at steps 53-74 with
@@ -159,10 +54,18 @@ def quick(seed: int = 0) -> Recipe:
     Two differences from the paper beyond size make so few steps enough. A tenfold smaller initial embedding starts
     the attention unsaturated, so memorising takes tens of steps. A shrinkage per step of ``0.012 * 1.25 = 0.015``,
     nearly four times the paper's, ends the plateau early. ``eps`` is meant to damp steps once gradients are small.
+
+    Args:
+        seed: Of the split, of the initial weights and of the shuffling.
+        task: Addition, or another. Tasks on ordered pairs have twice as many of them and are trained on a smaller part,
+            with which the two phases are apart. Of seeds 0…4 all five meet the stopping rule with addition, subtraction
+            and division, four with multiplication (not seed 1); validation accuracy is at most 0.24 when memorised.
     """
+    share = 410 / 496 if make_task(task, 31).commutes else 0.75
     return Recipe(
+        operation=task,
         modulus=31,
-        num_train=410,
+        num_train=_part(task, 31, share),
         num_validation=None,
         width=56,
         heads=4,
@@ -176,3 +79,75 @@ def quick(seed: int = 0) -> Recipe:
         stop=StopRule(train_accuracy=0.99, validation_accuracy=0.95, patience=10),
         seed=seed,
     )
+
+
+def positional(seed: int = 0, *, task: str = "addition") -> Recipe:
+    """Return the run of Nanda et al. (2023, arXiv 2301.05217): 226,816 parameters, 30 % of the pairs modulo 113.
+
+    Without their warm-up of the learning rate over the first ten steps. Theirs generalised after about 10,000 steps.
+
+    Args:
+        seed: Of the split, of the initial weights and of the shuffling.
+        task: The published one, or another on the same part of its pairs.
+    """
+    return Recipe(
+        operation=task,
+        modulus=113,
+        positional=True,
+        num_train=_part(task, 113, 0.3, positional=True),
+        num_validation=2000,
+        width=128,
+        heads=4,
+        hidden=512,
+        learning_rate=1e-3,
+        betas=(0.9, 0.98),
+        eps=1e-8,
+        weight_decay=1.0,
+        max_steps=20_000,
+        stop=StopRule(train_accuracy=1.0, validation_accuracy=0.99, patience=10),
+        seed=seed,
+    )
+
+
+def quick_positional(seed: int = 0, *, task: str = "addition") -> Recipe:
+    """Return a small run of the second architecture: modulus 31, 21,792 parameters, half of the 961 ordered pairs.
+
+    Measured on 5 seeds of addition (0…4, CPU, one thread, PyTorch 2.13): training accuracy reaches 0.99 at steps 80-96,
+    validation accuracy 0.5 at 140-316 and 0.95 at 252-496; all five meet the stopping rule. When the training set is
+    memorised, validation accuracy is 0.11-0.41 already. That is no sum learned yet: after 90 steps, seeds 0, 2 and 4
+    have 0.79, 0.25 and 0.97 of those pairs right whose mirror image is in the training set, and 0.00-0.04 of the rest.
+
+    Args:
+        seed: Of the split, of the initial weights and of the shuffling.
+        task: Which operation.
+    """
+    return Recipe(
+        operation=task,
+        modulus=31,
+        positional=True,
+        num_train=_part(task, 31, 0.5, positional=True),
+        num_validation=None,
+        width=48,
+        heads=4,
+        hidden=96,
+        learning_rate=0.007,
+        betas=(0.9, 0.98),
+        weight_decay=3.0,
+        max_steps=1000,
+        stop=StopRule(train_accuracy=0.99, validation_accuracy=0.95, patience=10),
+        seed=seed,
+    )
+
+
+RECIPES: dict[str, Callable[..., Recipe]] = {
+    "quick": quick,
+    "paper": paper,
+    "quick-positional": quick_positional,
+    "positional": positional,
+}
+"""The recipes by name; each takes a seed and a task."""
+
+
+def _part(task: str, modulus: int, share: float, *, positional: bool = False) -> int:
+    """That share of all pairs of the task."""
+    return round(share * make_task(task, modulus, positional=positional).num_pairs)

@@ -1,115 +1,149 @@
-"""Modular addition as a sequence task: all unordered pairs and a seeded split.
+"""Arithmetic modulo p: the four operations and the cyclic groups behind them.
 
-An example is the token sequence ``[a, +, b, =]`` with ``a >= b``; its label is ``(a + b) mod p``. The residues
-``0 … p-1`` are their own token ids, ``+`` is ``p`` and ``=`` is ``p + 1``, so the vocabulary has ``p + 2`` tokens.
-Addition commutes and the model sees no positions, so ordered pairs would repeat the same example.
+Multiplication and division are those of the ``p - 1`` residues without zero, which are a group: there every operand has
+an inverse and a discrete logarithm, and all answers are about equally frequent. With zero, one class would have twice
+the examples of any other and be known from a single operand.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-__all__ = ["ModularAddition", "Split"]
+from .pairs import ModularTask, Split
+
+__all__ = [
+    "TASKS",
+    "ModularAddition",
+    "ModularDivision",
+    "ModularMultiplication",
+    "ModularSubtraction",
+    "ModularTask",
+    "Split",
+    "make_task",
+    "primitive_root",
+]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Split:
-    """Training and validation examples, disjoint; every tensor is int64."""
-
-    train_tokens: Tensor
-    """Training inputs, ``[example, position]`` with four positions."""
-    train_labels: Tensor
-    """Training targets, ``[example]``."""
-    validation_tokens: Tensor
-    """Validation inputs, ``[query, position]``."""
-    validation_labels: Tensor
-    """Validation targets, ``[query]``."""
-
-
-@dataclass(frozen=True)
-class ModularAddition:
-    """The task ``a + b = c (mod modulus)`` on the ``p (p + 1) / 2`` unordered pairs.
-
-    Raises:
-        ValueError: If the modulus is smaller than 2.
+class ModularAddition(ModularTask):
+    """The task ``a + b``, in the paper on the ``p (p + 1) / 2`` unordered pairs.
 
     Examples:
         >>> task = ModularAddition(5)
         >>> tokens, labels = task.pairs()
-        >>> tokens[-1].tolist(), labels[-1].item()
-        ([4, 5, 4, 6], 3)
+        >>> task.num_pairs, tokens[-1].tolist(), labels[-1].item(), task.text(tokens[-1])
+        (15, [4, 5, 4, 6], 3, '4 + 4')
     """
 
-    modulus: int
-    """The modulus ``p``; also the number of residues."""
+    symbol, commutes = "+", True
+
+    def answer(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return ``(a + b) mod p``, elementwise."""
+        return (a + b) % self.modulus
+
+
+class ModularSubtraction(ModularTask):
+    """The task ``a - b``.
+
+    Examples:
+        >>> task = ModularSubtraction(5)
+        >>> tokens, labels = task.pairs()
+        >>> task.num_pairs, tokens[2].tolist(), labels[2].item(), task.text(tokens[2])
+        (25, [0, 5, 9, 6], 3, '0 − 2')
+    """
+
+    symbol, commutes = "−", False
+
+    def answer(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return ``(a - b) mod p``, elementwise."""
+        return (a - b) % self.modulus
+
+
+class _WithoutZero(ModularTask):
+    """An operation of the multiplicative group.
+
+    Raises:
+        ValueError: If the modulus is no odd prime.
+    """
 
     def __post_init__(self) -> None:
-        """Reject a modulus without two residues."""
-        if self.modulus < 2:
-            raise ValueError(f"modulus must be at least 2, got {self.modulus}.")
+        """Reject a modulus whose residues are no cyclic group."""
+        super().__post_init__()
+        primitive_root(self.modulus)
 
     @property
-    def plus(self) -> int:
-        """Token id of ``+``."""
-        return self.modulus
+    def cycle(self) -> tuple[int, ...]:
+        """The residues 1, g, g², … for a primitive root g: their places are their discrete logarithms."""
+        root = primitive_root(self.modulus)
+        return tuple(pow(root, power, self.modulus) for power in range(self.modulus - 1))
 
-    @property
-    def equals(self) -> int:
-        """Token id of ``=``, the position at which the model answers."""
-        return self.modulus + 1
 
-    @property
-    def vocabulary(self) -> int:
-        """Number of token ids, ``p + 2``."""
-        return self.modulus + 2
+class ModularMultiplication(_WithoutZero):
+    """The task ``a · b`` without zero.
 
-    @property
-    def num_pairs(self) -> int:
-        """Number of unordered pairs, ``p (p + 1) / 2``."""
-        return self.modulus * (self.modulus + 1) // 2
+    Examples:
+        >>> task = ModularMultiplication(5)
+        >>> tokens, labels = task.pairs()
+        >>> task.num_pairs, tokens[-1].tolist(), labels[-1].item(), task.cycle
+        (10, [4, 5, 4, 6], 1, (1, 2, 4, 3))
+    """
 
-    def pairs(self) -> tuple[Tensor, Tensor]:
-        """Return every example in lexicographic order of ``(a, b)``, ``a >= b``.
+    symbol, commutes = "·", True
 
-        Returns:
-            Tokens ``[num_pairs, 4]`` and labels ``[num_pairs]``.
-        """
-        a, b = torch.tril_indices(self.modulus, self.modulus).unbind()
-        tokens = torch.stack([a, torch.full_like(a, self.plus), b, torch.full_like(b, self.equals)], dim=1)
-        return tokens, (a + b) % self.modulus
+    def answer(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return ``(a · b) mod p``, elementwise."""
+        return (a * b) % self.modulus
 
-    def split(self, num_train: int, num_validation: int | None = None, *, seed: int = 0) -> Split:
-        """Draw disjoint training and validation sets uniformly, without replacement.
 
-        The same seed gives the same training set whatever ``num_validation`` is; the global generator is not touched.
+class ModularDivision(_WithoutZero):
+    """The task ``a / b``, which is ``a`` times the inverse of ``b``, without zero.
 
-        Args:
-            num_train: Number of training pairs.
-            num_validation: Number of validation pairs; ``None`` takes all the pairs that are left.
-            seed: Seed of the draw.
+    Examples:
+        >>> task = ModularDivision(5, positional=True)
+        >>> tokens, labels = task.pairs()
+        >>> task.num_pairs, tokens[1].tolist(), labels[1].item(), task.text(tokens[1])
+        (16, [1, 2, 5], 3, '1 / 2')
+    """
 
-        Returns:
-            The two sets, each in the order drawn.
+    symbol, commutes = "/", False
 
-        Raises:
-            ValueError: If either set would be empty or there are too few pairs.
-        """
-        left = self.num_pairs - num_train
-        taken = left if num_validation is None else num_validation
-        if num_train < 1 or taken < 1 or taken > left:
-            raise ValueError(
-                f"num_train and num_validation must be positive and add up to at most {self.num_pairs}, the number of "
-                f"unordered pairs modulo {self.modulus}; got num_train={num_train}, num_validation={num_validation}."
-            )
-        tokens, labels = self.pairs()
-        order = torch.randperm(self.num_pairs, generator=torch.Generator().manual_seed(seed))
-        train, validation = order[:num_train], order[num_train : num_train + taken]
-        return Split(
-            train_tokens=tokens[train],
-            train_labels=labels[train],
-            validation_tokens=tokens[validation],
-            validation_labels=labels[validation],
-        )
+    def answer(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return ``a b⁻¹ mod p``, elementwise."""
+        inverses = torch.tensor([0, *(pow(residue, -1, self.modulus) for residue in range(1, self.modulus))])
+        return (a * inverses[b]) % self.modulus
+
+
+TASKS: dict[str, type[ModularTask]] = {
+    "addition": ModularAddition,
+    "subtraction": ModularSubtraction,
+    "multiplication": ModularMultiplication,
+    "division": ModularDivision,
+}
+"""The tasks by name."""
+
+
+def make_task(operation: str, modulus: int, *, positional: bool = False) -> ModularTask:
+    """Return the task of this name.
+
+    Raises:
+        ValueError: If there is none, or the modulus does not suit it.
+    """
+    if operation not in TASKS:
+        raise ValueError(f"there is no task {operation!r}; the tasks are {', '.join(TASKS)}.")
+    return TASKS[operation](modulus, positional)
+
+
+def primitive_root(modulus: int) -> int:
+    """Return the smallest residue whose powers are all residues but zero.
+
+    Raises:
+        ValueError: If the modulus is no odd prime.
+
+    Examples:
+        >>> primitive_root(7), primitive_root(31), primitive_root(113)
+        (3, 3, 3)
+    """
+    for root in range(2, modulus):
+        if len({pow(root, power, modulus) for power in range(modulus - 1)} - {0}) == modulus - 1:
+            return root
+    raise ValueError(f"multiplication and division need a modulus that is an odd prime, got {modulus}.")

@@ -85,6 +85,14 @@ class ForwardSweep:
         self._buffer = replace(buffer, other=other, rounding=rounding)
         return before, entering
 
+    def applied(self, step: Step) -> Tensor:
+        """Advance by a step, and give the part of −Δ_s that came from each source's gradients, `[source, element]`."""
+        f = step.filter
+        before, entering = self.advance(step)
+        gained = f.buffer_gain * self._buffer.contribution + f.gradient_gain * entering.contribution
+        gained += f.previous_gain * before.contribution
+        return torch.stack([f.multiplied(row) for row in gained])
+
     def terms(self, step: Step, phi: Tensor) -> StepTerms:
         """Advance by a step and give its terms, from φ_s `[query, element]`."""
         f, slices = step.filter, self._slices

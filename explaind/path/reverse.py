@@ -109,6 +109,11 @@ class ReverseSweep:
                 omitted = omitted + brought[:, :-1].sum(dim=1)
         return StepTerms(contribution=contribution, decay=decay, other=other, rounding=rounding, omitted=omitted)
 
+    @property
+    def psi(self) -> Tensor:
+        """ψ_s of the step that was fed in last, `[query, element]`."""
+        return self._psi
+
     def _advance(self, step: Step, phi: Tensor) -> Tensor:
         """C_s and ψ_s; returns decay, other and rounding but for what ψ_s brings, float64 `[4, query, column]`."""
         f = step.filter

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from explaind.errors import VerificationError
 from explaind.path.averaged import ExplainedPath
+from explaind.path.elements import split_by_element, undivided_by_element
 from explaind.path.factored import FactorProducts
 from explaind.path.forward import ForwardSweep
 from explaind.path.gradients import batch_gradient
@@ -62,6 +63,7 @@ class Sweep:
         sources: Sources,
         num_tokens: int | None,
         slices: list[list[slice]],
+        elements: Tensor | None,
         wanted: list[int],
         rule: Quadrature,
         tolerance: float,
@@ -70,6 +72,7 @@ class Sweep:
         device: torch.device,
     ) -> None:
         self._run, self._function, self._path, self._sources, self._slices = run, function, path, sources, slices
+        self._elements = elements
         self._wanted, self._rule, self._num_tokens = set(wanted), rule, num_tokens
         self._progress, self._dtype, self._device = progress, dtype, device
         self._products = products
@@ -118,6 +121,8 @@ class Sweep:
                 step.trust()
             terms = sweep.terms(step, adjoint)
             self.omitted += terms.omitted
+            if self._elements is not None:
+                terms = split_by_element(terms, step, adjoint, sweep.psi, self._elements)
             # What holds for one step's gradient is tried with the next one's, which then is cheaper.
             is_the_examples = self._products is not None and step.is_the_examples
             del step, adjoint  # they are large, and the next ones are made before they are replaced here
@@ -161,6 +166,8 @@ class Sweep:
                 rounding=nothing,
                 omitted=nothing.sum(dim=1),
             )
+            if self._elements is not None:
+                terms = undivided_by_element(terms, step, adjoint, self._elements)
             yield step.index, self._with_rounding(step.index, terms)
 
     def _wanted_backward(self) -> Iterator[tuple[Step, Tensor]]:

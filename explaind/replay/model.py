@@ -22,6 +22,7 @@ __all__ = [
     "call_function",
     "cast",
     "dense",
+    "exchanged",
     "modes",
     "restored_rng",
     "sparse_weights",
@@ -118,7 +119,7 @@ def call_function(
     used = max((t.dtype for t in tensors.values() if t.is_floating_point()), key=lambda t: t.itemsize, default=None)
     widened = _Widened(used) if used is not None and used not in own else nullcontext()
     try:
-        with torch.autograd.graph.disable_saved_tensors_hooks(_NO_CHECKPOINTS), widened, _exchanged(model, tensors):
+        with torch.autograd.graph.disable_saved_tensors_hooks(_NO_CHECKPOINTS), widened, exchanged(model, tensors):
             return function(model, *args, **kwargs)
     except RuntimeError as error:
         if str(error) == _NO_CHECKPOINTS:
@@ -127,7 +128,7 @@ def call_function(
 
 
 @contextmanager
-def _exchanged(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+def exchanged(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Put tensors in the place of the model's own inside the block, under every name that these have.
 
     A small call of `torch.func.functional_call` takes several times as long, and of modules that are used twice it puts

@@ -1,0 +1,131 @@
+"""A directory of results, each computed once, kept, and read again: what was begun and stopped goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+import xarray as xr
+
+import explaind
+from explaind.stream import write_dataset
+
+from .decompose import open_study
+from .phases import Phases, find_phases
+from .recipe import Recipe
+from .task import Split
+from .training import train
+
+__all__ = ["Study"]
+
+
+@dataclass(frozen=True)
+class Study:
+    """One recipe's run and what was made of it, in one directory.
+
+    Each kind of result has a method that takes its name and the function that computes it. The function is called only
+    if the result is not there yet, and the result appears under its name once it is whole.
+    """
+
+    recipe: Recipe
+    directory: Path
+    progress: bool = True
+
+    def prepare(self, *, fresh: bool) -> None:
+        """Make the directory, or check that it belongs to the same recipe.
+
+        Raises:
+            ValueError: it holds a study of another recipe, or something else.
+        """
+        mark = self.directory / "recipe.txt"
+        if fresh and mark.is_file():
+            shutil.rmtree(self.directory)
+        if mark.is_file() and mark.read_text() != str(self.recipe):
+            raise ValueError(
+                f"{self.directory} holds a study of another recipe. Choose another --out, or give --fresh."
+            )
+        if not mark.is_file() and self.directory.is_dir() and any(self.directory.iterdir()):
+            raise ValueError(f"{self.directory} has files that are not a study's. Choose another --out.")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        mark.write_text(str(self.recipe))
+
+    @cached_property
+    def split(self) -> Split:
+        """Training and validation pairs."""
+        return self.recipe.make_split()
+
+    @cached_property
+    def curves(self) -> pd.DataFrame:
+        """Losses and accuracies before every step and after the last; trains the recipe if that is not done."""
+        curves = self.table(
+            "curves", lambda: train(self.recipe, self.directory / "run.zarr", progress=self.progress).reset_index()
+        )
+        return curves.set_index("step")
+
+    @cached_property
+    def phases(self) -> Phases:
+        """When the network memorised and when it generalised.
+
+        Raises:
+            ValueError: it did not.
+        """
+        return find_phases(self.curves)
+
+    @cached_property
+    def run(self) -> explaind.Run:
+        """The recorded run, with the study's layer groups."""
+        _ = self.curves
+        return open_study(self.recipe, self.directory / "run.zarr")
+
+    def table(self, name: str, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+        """A table of observations, as `name.csv`."""
+        path = self.directory / f"{name}.csv"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            self._timed(name, lambda: compute().to_csv(partial, index=False))
+            partial.rename(path)
+        return pd.read_csv(path)
+
+    def dataset(self, name: str, compute: Callable[[], xr.Dataset]) -> xr.Dataset:
+        """Arrays with named axes, as `name.zarr`, read when they are used."""
+        path = self.directory / f"{name}.zarr"
+        if not path.is_dir():
+            partial = path.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            self._timed(name, lambda: write_dataset(partial, compute()))
+            partial.rename(path)
+        kept: xr.Dataset = xr.open_zarr(path, consolidated=False, chunks=None)
+        return kept
+
+    def attribution(self, name: str, compute: Callable[[Path], explaind.Attribution]) -> explaind.Attribution:
+        """A decomposition, as `name.zarr`; its function writes it there with `out=` and checks that it closes."""
+        path = self.directory / f"{name}.zarr"
+        if not path.is_dir():
+            unchecked = self.directory / f"{name}.unchecked.zarr"
+            for left in (unchecked, unchecked.with_name(f"{unchecked.name}.partial")):
+                shutil.rmtree(left, ignore_errors=True)
+            self._timed(name, lambda: compute(unchecked).check())
+            unchecked.rename(path)
+        return explaind.Attribution.open(path)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Wall time that each result took by itself, by name."""
+        path = self.directory / "seconds.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    def _timed(self, name: str, work: Callable[[], object]) -> None:
+        start, before = time.perf_counter(), sum(self.seconds.values())
+        work()
+        needed = sum(self.seconds.values()) - before  # by other results, which were computed on the way
+        own = time.perf_counter() - start - needed
+        partial = self.directory / "seconds.partial"
+        partial.write_text(json.dumps(self.seconds | {name: own}, indent=1))
+        partial.replace(self.directory / "seconds.json")

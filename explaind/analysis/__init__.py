@@ -1,0 +1,1 @@
+"""Summaries and statistics of decompositions: arrays in, arrays out."""
