@@ -70,7 +70,7 @@ def kernel_in_windows(data: xr.Dataset, recipe: Recipe, phases: Mapping[str, ran
     kernel = data.contribution.sel(window=list(windows_across(phases))).load().rename("kernel")
     tokens = {
         "query": split.validation_tokens[: kernel.sizes["query"]],
-        "example": split.train_tokens[torch.from_numpy(kernel["example"].values)],
+        "example": split.train_tokens[torch.from_numpy(kernel["example"].values.copy())],
     }
     for axis, chosen in tokens.items():
         a, b = (operand.numpy() for operand in recipe.task.operands(chosen))
