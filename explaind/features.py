@@ -7,6 +7,7 @@ from typing import TypedDict, Unpack
 
 import numpy as np
 import torch
+import xarray as xr
 from torch import Tensor
 
 from explaind.axes import check_size, select_steps
@@ -22,7 +23,7 @@ from explaind.query import Query
 from explaind.request import check_request
 from explaind.run import Run
 
-__all__ = ["FeatureSettings", "query_features", "train_features"]
+__all__ = ["FeatureSettings", "path_errors", "query_features", "train_features"]
 
 
 class FeatureSettings(TypedDict, total=False):
@@ -33,6 +34,36 @@ class FeatureSettings(TypedDict, total=False):
     dtype: torch.dtype | None
     device: torch.device | str | None
     memory: int | None
+
+
+def path_errors(run: Run, query: Query, steps: Sequence[int], **settings: Unpack[FeatureSettings]) -> xr.Dataset:
+    """What the path integral over single steps costs and misses, without any of what is made of it.
+
+    Args:
+        run: opened with its model.
+        query: as in `Run.attribute`.
+        steps: which updates. The tolerance is divided among them as among the steps of a run.
+        settings: as in `Run.query_features`.
+
+    Returns:
+        `quadrature`, the change of q over the step minus ⟨φ, Δ⟩, and `num_nodes`, `[query, update_step]`.
+    """
+    request = check_request(run, query, by=("query",), steps=steps, **settings)
+    function, recorded = request.function, [Step(run, step, request.device) for step in request.wanted]
+    ends = [(function.at(step.params), function.at(step.next_params)) for step in recorded]
+    changes = torch.stack([(after - before).abs() for before, after in ends], dim=1)
+    size = torch.stack([after.abs() for _, after in ends], dim=1).amax(dim=1, keepdim=True)
+    tolerances = step_tolerances(changes, size, request.tolerance)
+    integrals = [
+        integrate(function, step.params, step.update, change=change, tolerance=wanted, quadrature=request.rule)
+        for step, change, wanted in zip(recorded, ends, tolerances.T, strict=True)
+    ]
+    found = {
+        "quadrature": torch.stack([integral.residual for integral in integrals], dim=1),
+        "num_nodes": torch.stack([integral.num_nodes for integral in integrals], dim=1),
+    }
+    coordinates = {"query": list(function.names), "update_step": request.wanted}
+    return xr.Dataset({n: (("query", "update_step"), v.cpu().numpy()) for n, v in found.items()}, coordinates)
 
 
 def query_features(run: Run, query: Query, step: int, **settings: Unpack[FeatureSettings]) -> dict[str, Tensor]:

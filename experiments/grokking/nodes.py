@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
+from tqdm import tqdm
 
 import explaind
+from explaind.features import path_errors
 from explaind.quadrature import Quadrature, adaptive, gauss_legendre, midpoint
 
 __all__ = ["IN_WORDS", "RULES", "Rule", "closure_by_nodes"]
@@ -61,23 +63,22 @@ def closure_by_nodes(
         query: predictions.
         steps: which updates; by default all.
         rules: what is compared.
-        progress: show progress bars.
+        progress: show a progress bar.
 
     Returns:
         A row per rule: `family`, `rule`, `tolerance`, `num_steps`, `nodes` (mean per step and query), `mean_error` and
         `max_error` (over queries, in their unit).
     """
     rows = []
-    for rule in rules:
-        data = run.attribute(
+    for rule in tqdm(rules, "nodes", unit="rule", disable=None if progress else True, leave=False):
+        data = path_errors(
+            run,
             query,
-            by=("query", "update_step"),
-            steps=steps,
+            range(run.num_steps) if steps is None else steps,
             quadrature=rule.quadrature,
             tolerance=rule.tolerance,
             dtype=torch.float64,
-            progress=progress,
-        ).dataset
+        )
         errors = np.abs(data.quadrature).sum("update_step")
         rows.append(
             {
