@@ -165,11 +165,7 @@ def _pruning(r: Results) -> Claim:
         theirs="Keeping the parameters of largest influence keeps the network better than keeping the largest weights.",
         ours=f"Validation accuracy, mean over the fractions kept: by influence {area['influence']:.2f}, by magnitude "
         f"{area['magnitude']:.2f}, at random {area['random']:.2f}.",
-        verdict="agrees"
-        if area["influence"] > max(area["magnitude"], area["random"])
-        else "refines"
-        if area["influence"] > area["random"]
-        else "disagrees",
+        verdict="agrees" if area["influence"] > max(area["magnitude"], area["random"]) else "disagrees",
         figure="pruning",
     )
 
