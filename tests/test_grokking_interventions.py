@@ -102,7 +102,7 @@ def test_a_swapped_set_has_its_final_weights(run):
 
 def test_the_swap_figure_shows_its_table(run):
     swapped = swap_curves(run, SPLIT, num_checkpoints=4)
-    groups, sets = swapped_accuracy(swapped, PHASES).axes
+    groups, sets = swapped_accuracy(swapped, PHASES.spans).axes
     for axes, name in ((groups, "linear1"), (sets, "pipeline")):
         np.testing.assert_allclose(series(axes, name), swapped.loc[swapped["set"] == name, "difference"])
 
