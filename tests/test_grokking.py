@@ -22,7 +22,10 @@ from experiments.grokking.task import ModularAddition
 from experiments.grokking.training import evaluate, train
 from explaind import Attribution
 
-pytestmark = pytest.mark.timeout(3000)  # whichever test comes first waits for the whole study
+pytestmark = [
+    pytest.mark.timeout(3000),  # whichever test comes first waits for the whole study
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of what umap-learn imports
+]
 
 LITTLE = Sizes(
     tolerance=1e-2,
