@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypedDict, Unpack
+from collections.abc import Iterator, Sequence
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -13,30 +13,19 @@ from torch import Tensor
 from explaind.axes import check_size, select_steps
 from explaind.errors import ClosureError
 from explaind.path.forward import ForwardSweep
-from explaind.path.integral import integrate
+from explaind.path.integral import StepIntegral, integrate
 from explaind.path.sources import select_sources
 from explaind.path.step import Step
 from explaind.path.strategy import choose_gradients
 from explaind.path.sweep import step_tolerances
-from explaind.quadrature import Quadrature
 from explaind.query import Query
-from explaind.request import check_request
+from explaind.request import PathSettings, Request, check_request
 from explaind.run import Run
 
-__all__ = ["FeatureSettings", "path_errors", "query_features", "train_features"]
+__all__ = ["path_errors", "query_features", "train_features"]
 
 
-class FeatureSettings(TypedDict, total=False):
-    """The optional arguments of `Run.query_features`; see `Run.attribute`."""
-
-    tolerance: float
-    quadrature: Quadrature | str
-    dtype: torch.dtype | None
-    device: torch.device | str | None
-    memory: int | None
-
-
-def path_errors(run: Run, query: Query, steps: Sequence[int], **settings: Unpack[FeatureSettings]) -> xr.Dataset:
+def path_errors(run: Run, query: Query, steps: Sequence[int], **settings: Unpack[PathSettings]) -> xr.Dataset:
     """What the path integral over single steps costs and misses, without any of what is made of it.
 
     Args:
@@ -49,47 +38,44 @@ def path_errors(run: Run, query: Query, steps: Sequence[int], **settings: Unpack
         `quadrature`, the change of q over the step minus ⟨φ, Δ⟩, and `num_nodes`, `[query, update_step]`.
     """
     request = check_request(run, query, by=("query",), steps=steps, **settings)
-    function, recorded = request.function, [Step(run, step, request.device) for step in request.wanted]
-    ends = [(function.at(step.params), function.at(step.next_params)) for step in recorded]
-    changes = torch.stack([(after - before).abs() for before, after in ends], dim=1)
-    size = torch.stack([after.abs() for _, after in ends], dim=1).amax(dim=1, keepdim=True)
-    tolerances = step_tolerances(changes, size, request.tolerance)
-    integrals = [
-        integrate(function, step.params, step.update, change=change, tolerance=wanted, quadrature=request.rule)
-        for step, change, wanted in zip(recorded, ends, tolerances.T, strict=True)
-    ]
-    found = {
-        "quadrature": torch.stack([integral.residual for integral in integrals], dim=1),
-        "num_nodes": torch.stack([integral.num_nodes for integral in integrals], dim=1),
-    }
-    coordinates = {"query": list(function.names), "update_step": request.wanted}
-    return xr.Dataset({n: (("query", "update_step"), v.cpu().numpy()) for n, v in found.items()}, coordinates)
+    integrals = [(integral.residual, integral.num_nodes) for integral, _ in _integrals(request)]
+    residuals, nodes = (torch.stack(column, dim=1).cpu().numpy() for column in zip(*integrals, strict=True))
+    axes = ("query", "update_step")
+    coordinates = {"query": list(request.function.names), "update_step": request.wanted}
+    return xr.Dataset({"quadrature": (axes, residuals), "num_nodes": (axes, nodes)}, coordinates)
 
 
-def query_features(run: Run, query: Query, step: int, **settings: Unpack[FeatureSettings]) -> dict[str, Tensor]:
+def query_features(run: Run, query: Query, step: int, **settings: Unpack[PathSettings]) -> dict[str, Tensor]:
     """See `explaind.Run.query_features`."""
     request = check_request(run, query, by=("query",), steps=[step], **settings)
-    function, recorded = request.function, Step(run, request.wanted[0], request.device)
-    before, after = (function.at(params) for params in (recorded.params, recorded.next_params))
-    change, size = (after - before).abs(), torch.maximum(before.abs(), after.abs())
-    wanted = step_tolerances(change[:, None], size[:, None], request.tolerance)[:, 0]
-    integral = integrate(
-        function,
-        recorded.params,
-        recorded.update,
-        change=(before, after),
-        tolerance=wanted,
-        quadrature=request.rule,
-    )
-    missed = integral.residual.abs() > wanted
-    if bool(missed.any()):
-        worst = int((integral.residual.abs() / wanted).argmax())
+    ((integral, wanted),) = _integrals(request)
+    error = integral.residual.abs()
+    if bool((error > wanted).any()):
+        worst = int((error / wanted).argmax())
         raise ClosureError(
-            f"the average gradient of query {function.names[worst]!r} over step {step} gives its change up to "
-            f"{float(integral.residual[worst].abs()):.1e}, wanted is {float(wanted[worst]):.1e}. Allow more with "
-            "tolerance=…, or try dtype=torch.float64 or explaind.quadrature.adaptive(max_depth=…)."
+            f"the average gradient of query {request.function.names[worst]!r} over step {step} gives its change up to "
+            f"{float(error[worst]):.1e}, wanted is {float(wanted[worst]):.1e}. Allow more with tolerance=…, or try "
+            "dtype=torch.float64 or explaind.quadrature.adaptive(max_depth=…)."
         )
     return run.table.unflatten(integral.gradient)
+
+
+def _integrals(request: Request) -> Iterator[tuple[StepIntegral, Tensor]]:
+    """The path integral over each of the wanted steps, as if the run had no others, and its tolerance `[query]`."""
+    function = request.function
+
+    def load(index: int) -> Step:
+        return Step(request.run, index, request.device)
+
+    ends = [(function.at(step.params), function.at(step.next_params)) for step in map(load, request.wanted)]
+    changes = torch.stack([(after - before).abs() for before, after in ends], dim=1)
+    size = torch.stack([value.abs() for end in ends for value in end], dim=1)
+    tolerances = step_tolerances(changes, size.amax(dim=1, keepdim=True), request.tolerance)
+    for step, change, wanted in zip(map(load, request.wanted), ends, tolerances.T, strict=True):
+        yield (
+            integrate(function, step.params, step.update, change=change, tolerance=wanted, quadrature=request.rule),
+            wanted,
+        )
 
 
 def train_features(run: Run, step: int, examples: Sequence[int] | None = None) -> dict[str, Tensor]:

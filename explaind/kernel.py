@@ -15,12 +15,13 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from explaind.agreement import argmax_agreement, mean_kl
 from explaind.attribution import TERMS, Attribution
 from explaind.calls import map_tensors
 from explaind.outputs import Output
 from explaind.path.inputs import QueryInputs
 from explaind.query import Query
-from explaind.request import KernelSettings, Settings
+from explaind.request import KernelSettings, PathSettings
 from explaind.run import Run
 
 __all__ = ["KernelFit", "PathKernelModel", "path_kernel"]
@@ -73,7 +74,11 @@ class PathKernelModel:
     Args:
         run: opened with its model.
         part: which tensor of the model's output, if it returns several; see `explaind.outputs.Output.of`.
-        settings: `tolerance`, `quadrature`, `dtype`, `device`, `memory` or `progress` of `Run.attribute`.
+        progress: show a progress bar.
+        settings: `tolerance`, `quadrature`, `dtype`, `device` or `memory` of `Run.attribute`.
+
+    Raises:
+        TypeError: there is no such setting; a machine of some steps, examples or layers would not be the network.
 
     Example:
         >>> model, x = torch.nn.Linear(2, 3), torch.eye(2)
@@ -88,8 +93,15 @@ class PathKernelModel:
         True
     """
 
-    def __init__(self, run: Run, *, part: str | int = "", **settings: Unpack[Settings]) -> None:
-        self._run, self._part, self._settings = run, str(part), settings
+    def __init__(
+        self, run: Run, *, part: str | int = "", progress: bool = False, **settings: Unpack[PathSettings]
+    ) -> None:
+        if strange := sorted(set(settings) - set(PathSettings.__annotations__)):
+            known = ", ".join(PathSettings.__annotations__)
+            raise TypeError(
+                f"a kernel machine is of the whole run; it has no setting {strange[0]!r}, but part, progress, {known}."
+            )
+        self._run, self._part, self._settings, self._progress = run, str(part), settings, progress
 
     def __call__(self, inputs: Tensor | tuple[Any, ...] | Mapping[str, Any]) -> Tensor:
         """Predict, `[input, *output]`, float64.
@@ -101,27 +113,26 @@ class PathKernelModel:
 
     def compare(self, inputs: Tensor | tuple[Any, ...] | Mapping[str, Any]) -> KernelFit:
         """Predict, and measure how far that is from the network's own outputs."""
-        machine, network = (values.flatten(start_dim=1) for values in self._predict(inputs))
+        machine, network = (values.reshape(len(values), -1) for values in self._predict(inputs))
         error = (machine - network).abs()
-        ours, theirs = machine.log_softmax(dim=1), network.log_softmax(dim=1)
         return KernelFit(
             num_inputs=len(machine),
             mean_error=float(error.mean()),
             max_error=float(error.max()),
-            argmax_agreement=float((machine.argmax(dim=1) == network.argmax(dim=1)).double().mean()),
-            kl=float((theirs.exp() * (theirs - ours)).sum(dim=1).mean()),
+            argmax_agreement=argmax_agreement(network, machine),
+            kl=mean_kl(network, machine),
         )
 
     def attribute(
         self, inputs: Tensor | tuple[Any, ...] | Mapping[str, Any], *, by: Sequence[str] = ("query", "example")
     ) -> Attribution:
         """The terms of every output, with queries named `input:output`; see `Run.attribute`."""
-        return self._run.attribute(self._query(inputs)[0], by=by, **self._settings)
+        return self._run.attribute(self._query(inputs)[0], by=by, progress=self._progress, **self._settings)
 
     def _predict(self, inputs: Tensor | tuple[Any, ...] | Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """What the sum over the path is, and what the network gives, `[input, *output]` each."""
         query, shape = self._query(inputs)
-        result = self._run.attribute(query, by=("query",), **self._settings)
+        result = self._run.attribute(query, by=("query",), progress=self._progress, **self._settings)
         result.check()
         data = result.dataset
         path = data.initial + sum(data[name] for name in TERMS)
@@ -153,4 +164,4 @@ class PathKernelModel:
 
 
 def _component(output: Tensor, component: Tensor) -> Tensor:
-    return output.flatten(start_dim=1).gather(1, component[:, None])[:, 0]
+    return output.reshape(len(output), -1).gather(1, component[:, None])[:, 0]

@@ -25,10 +25,20 @@ from explaind.run import Run
 from explaind.stream import STEP_AXES, check_unused
 from explaind.windows import Windows, select_windows
 
-__all__ = ["KernelSettings", "Request", "Settings", "check_request", "products_of"]
+__all__ = ["KernelSettings", "PathSettings", "Request", "Settings", "check_request", "products_of"]
 
 
-class KernelSettings(TypedDict, total=False):
+class PathSettings(TypedDict, total=False):
+    """How the path is integrated, and where; `Run.attribute` says what they mean."""
+
+    tolerance: float
+    quadrature: Quadrature | str
+    dtype: torch.dtype | None
+    device: torch.device | str | None
+    memory: int | None
+
+
+class KernelSettings(PathSettings, total=False):
     """The optional arguments of `Run.kernel`; `Run.attribute` says what they mean."""
 
     steps: range | Sequence[int] | None
@@ -36,12 +46,7 @@ class KernelSettings(TypedDict, total=False):
     groups: Mapping[int, Any] | Sequence[Any] | None
     windows: int | Mapping[Any, range | slice] | None
     average: Average | None
-    tolerance: float
-    quadrature: Quadrature | str
-    dtype: torch.dtype | None
-    device: torch.device | str | None
     out: str | Place | None
-    memory: int | None
     progress: bool
 
 
@@ -162,12 +167,12 @@ def check_request(
     budget = check_memory(memory, place)
     dtype = dtype or run.table.dtype
     sources = select_sources(run.examples, axis=examples_axis, examples=examples, groups=groups)
+    if "element" in axes and sources.restricted:
+        raise ValueError("by with 'element' is for all examples together; leave examples= out.")
     chosen = select_windows(windows, num_steps=run.num_steps, asked="window" in axes)
-    if chosen is not None and isinstance(windows, Mapping) and steps is None:
-        steps = list(chosen.place)
     wanted = select_steps(run, steps)
     if chosen is not None:
-        chosen = chosen.of(wanted)
+        chosen, wanted = chosen.of(wanted)
     names, slices = select_layers(run, axis=layers_axis, layers=layers)
     fixed = explained_path(run, average, place).fixed
     request = Request(

@@ -21,13 +21,12 @@ if TYPE_CHECKING:
 
     from explaind.attribution import Attribution
     from explaind.averages import Average
-    from explaind.features import FeatureSettings
     from explaind.info import StoreInfo
     from explaind.path.verify import VerifyReport
     from explaind.planning.plan import Plan
     from explaind.quadrature import Quadrature
     from explaind.query import Query
-    from explaind.request import KernelSettings, Settings
+    from explaind.request import KernelSettings, PathSettings, Settings
 
 __all__ = ["Run", "open_run"]
 
@@ -313,7 +312,7 @@ class Run(Record):
 
         return path_kernel(self, query, examples, by=by, **settings)
 
-    def query_features(self, query: Query, step: int, **settings: Unpack[FeatureSettings]) -> dict[str, Tensor]:
+    def query_features(self, query: Query, step: int, **settings: Unpack[PathSettings]) -> dict[str, Tensor]:
         """φ_q = ∫_0^1 ∇q(θ_step + tΔ_step) dt by parameter name, `[query, *shape]`; ⟨φ_q, Δ_step⟩ is q's change.
 
         Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from operator import index
 from typing import Any
@@ -20,16 +21,22 @@ class Windows:
     steps: list[range]
     """The steps of each, disjoint and ascending."""
 
-    @property
+    @cached_property
     def place(self) -> dict[int, int]:
         """Position of the window of every step."""
         return {step: place for place, steps in enumerate(self.steps) for step in steps}
 
-    def of(self, wanted: Sequence[int]) -> Windows:
-        """The windows that have any of the wanted steps."""
-        kept = set(wanted)
-        places = [place for place, steps in enumerate(self.steps) if not kept.isdisjoint(steps)]
-        return Windows([self.labels[place] for place in places], [self.steps[place] for place in places])
+    def of(self, wanted: Sequence[int]) -> tuple[Windows, list[int]]:
+        """The windows that have any of the wanted steps, and those of these that lie in one.
+
+        Raises:
+            ValueError: there is none.
+        """
+        inside = [step for step in wanted if step in self.place]
+        if not inside:
+            raise ValueError(f"none of the steps lies in a window; the windows are {self.steps}.")
+        places = [place for place, steps in enumerate(self.steps) if not set(inside).isdisjoint(steps)]
+        return Windows([self.labels[place] for place in places], [self.steps[place] for place in places]), inside
 
 
 def select_windows(windows: int | Mapping[Any, range | slice] | None, *, num_steps: int, asked: bool) -> Windows | None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from explaind.analysis.agreement import accuracy, argmax_agreement, mean_kl
+from explaind.agreement import accuracy, argmax_agreement, mean_kl
 
 
 def test_kl_is_that_of_the_two_distributions_and_has_a_direction():

@@ -190,7 +190,7 @@ def test_an_interrupted_training_goes_on_with_the_same_curves(tmp_path, monkeypa
 def test_a_directory_of_another_study_is_refused(study, tmp_path, capsys):
     _, arguments = study
     assert command.main([*arguments[:2], "--seed", "99", "--quiet"]) == 1
-    assert "another recipe" in capsys.readouterr().err
+    assert "another recipe or size" in capsys.readouterr().err
     (tmp_path / "thesis.tex").touch()
     assert command.main(["--out", str(tmp_path), "--fresh"]) == 1
     assert (tmp_path / "thesis.tex").is_file()

@@ -19,7 +19,7 @@ from experiments.grokking.phases import Phases
 from experiments.grokking.pruning import prune_curves
 from experiments.grokking.recipes import Recipe, StopRule
 from experiments.grokking.removal import replay_difference, retrain_window
-from experiments.grokking.retraining import Condition, conditions, first_epochs, mean_and_spread, retrain
+from experiments.grokking.retraining import Condition, conditions, first_epochs, retrain
 from experiments.grokking.swaps import LAYER_SETS, swap_curves
 from experiments.grokking.training import train
 
@@ -138,14 +138,14 @@ def test_retraining_differs_by_condition_and_seed(recorded):
     again = retrain(RECIPE, run, chosen[1], seed=1, epochs=3)
     pd.testing.assert_frame_equal(again, parts[3])
     assert [each.step for each in chosen] == [12, 12, 4, 2, 0]
-    joined = mean_and_spread(parts)
-    assert len(joined) == 5 * 2 * 4 and (joined["num_seeds"] == 2).all()
-    one = joined.query("condition == 'nothing' and split == 'validation' and epoch == 3").iloc[0]
-    values = [part.query("split == 'validation' and epoch == 3")["accuracy"].item() for part in parts[-2:]]
-    assert (one["mean"], one["std"]) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
+    joined = pd.concat(parts)
+    assert len(joined) == 5 * 2 * 2 * 4
     axes = retrained_accuracy(joined).axes[1]
-    line = joined[(joined["condition"] == "nothing") & (joined["split"] == "validation")]
-    np.testing.assert_allclose(series(axes, "nothing"), line["mean"])
+    values = np.array([part.query("split == 'validation'")["accuracy"] for part in parts[-2:]])
+    np.testing.assert_allclose(series(axes, "nothing (n = 2)"), values.mean(axis=0))
+    last = axes.collections[-1].get_paths()[0].vertices
+    spread = last[last[:, 0] == 3][:, 1]
+    assert np.ptp(spread) == pytest.approx(2 * np.std(values[:, 3], ddof=1))
 
 
 def test_the_first_epoch_is_that_of_validation():

@@ -8,6 +8,7 @@ from torch import nn
 import explaind
 from explaind import quadrature
 from explaind.errors import ClosureError, UnknownUpdateRuleError
+from explaind.features import path_errors
 from tests.cases import BY_NAME, CASES, NUM_CLASSES, NUM_FEATURES, mlp, query, record
 
 EXACT = {"tolerance": 1e-10}
@@ -155,3 +156,34 @@ def test_unknown_rules_have_no_train_features(tmp_path):
     run = explaind.open_run(tmp_path / "run.zarr", model=mlp())
     with pytest.raises(UnknownUpdateRuleError):
         run.train_features(0)
+
+
+def test_a_machine_of_a_part_of_the_run_is_refused(tmp_path):
+    run, _ = record(BY_NAME["sgd"], tmp_path / "run.zarr")
+    with pytest.raises(TypeError, match="kernel machine is of the whole run; it has no setting 'steps', but part"):
+        explaind.PathKernelModel(run, steps=[0, 1])
+
+
+def test_a_machine_of_an_output_without_axes_of_its_own(tmp_path):
+    model, x = nn.Sequential(mlp(), nn.Linear(NUM_CLASSES, 1).double(), nn.Flatten(0)), torch.randn(4, 3).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with explaind.trace(model, optimizer, tmp_path / "run.zarr"):
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+    machine = explaind.PathKernelModel(explaind.open_run(tmp_path / "run.zarr", model=model), **EXACT)
+    torch.testing.assert_close(machine(x), model(x).detach(), rtol=1e-8, atol=1e-8)
+    assert machine.compare(x).max_error < 1e-8
+
+
+def test_errors_of_single_steps_are_those_of_the_whole_integral(tmp_path):
+    run, _ = record(BY_NAME["adamw-schedule"], tmp_path / "run.zarr")
+    rule = quadrature.midpoint(3)
+    alone = path_errors(run, query(), range(run.num_steps), quadrature=rule)
+    whole = run.attribute(query(), by=("query", "update_step"), quadrature=rule).dataset
+    np.testing.assert_allclose(alone.quadrature, whole.quadrature, rtol=1e-6, atol=1e-14)
+    np.testing.assert_array_equal(alone.num_nodes, whole.num_nodes)
+    adaptive = path_errors(run, query(), range(run.num_steps), tolerance=1e-8)
+    whole = run.attribute(query(), by=("query", "update_step"), tolerance=1e-8).dataset
+    np.testing.assert_array_equal(adaptive.num_nodes, whole.num_nodes)

@@ -1,11 +1,15 @@
 """Two more axes: windows of steps, and single elements of the parameters."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 import explaind
 from explaind import quadrature
+from explaind.errors import VerificationError
+from explaind.path import elements, sweep
 from tests.cases import BY_NAME, CASES, mlp, query, record
 
 EXACT = {"tolerance": 1e-10}
@@ -143,3 +147,30 @@ def test_elements_do_not_go_with(run, axis):
 def test_what_elements_cost_is_planned(run):
     plan = run.plan(query(), by=("query", "window", "element"), windows=2)
     assert plan.bytes_result > 2 * 8 * 3 * 3 * run.table.num_elements
+
+
+def test_steps_outside_of_the_windows_are_left_out(run):
+    result = run.attribute(query(), by=("query", "window"), windows={"late": range(3, 6)}, steps=[0, 1, 4])
+    result.check()
+    fine = run.attribute(query(), by=("query", "step"), steps=[4]).dataset
+    np.testing.assert_allclose(result.dataset.contribution[:, 0], fine.contribution[:, 0], rtol=1e-12)
+    np.testing.assert_allclose(result.dataset.omitted, fine.omitted, rtol=1e-12)
+    with pytest.raises(ValueError, match="none of the steps lies in a window"):
+        run.attribute(query(), by=("query", "window"), windows={"late": range(3, 6)}, steps=[0, 1])
+
+
+def test_elements_are_of_all_examples(run):
+    with pytest.raises(ValueError, match="'element' is for all examples together; leave examples= out"):
+        run.attribute(query(), by=("query", "element"), examples=[1, 2])
+
+
+def test_elements_that_miss_their_terms_are_refused(run, monkeypatch):
+    """As if another gradient had been multiplied than the one that the terms were made of."""
+    original = elements.split_by_element
+
+    def other(terms, step, phi, psi, kept):
+        return original(replace(terms, contribution=1.001 * terms.contribution), step, phi, psi, kept)
+
+    monkeypatch.setattr(sweep, "split_by_element", other)
+    with pytest.raises(VerificationError, match="elements' parts of step 5 miss its terms by"):
+        run.attribute(query(), by=("query", "element"))

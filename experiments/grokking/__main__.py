@@ -22,10 +22,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Compute and draw what is not there yet, and write the findings."""
     options = parse(arguments)
     recipe, sizes = RECIPES[options.recipe](options.seed, task=options.task), SIZES[options.recipe]
-    study = Study(recipe, options.out, progress=not options.quiet)
+    study = Study(recipe, sizes, options.out, progress=not options.quiet)
     try:
         study.prepare(fresh=options.fresh)
-        print(summary(Results(study, sizes)))
+        print(summary(Results(study)))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -10,7 +10,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 import explaind
-from explaind.analysis.agreement import accuracy, argmax_agreement, mean_kl
+from explaind.agreement import accuracy, argmax_agreement, mean_kl
 from explaind.evaluation import evaluate
 from explaind.interventions import prune
 

@@ -19,8 +19,7 @@ from .perturbations import element_scores, perturb_elements, perturb_examples
 from .progress import progress_over_steps
 from .pruning import prune_curves
 from .removal import replay_difference
-from .retraining import conditions, mean_and_spread, retrain
-from .sizes import Sizes
+from .retraining import conditions, retrain
 from .study import Study
 from .swaps import swap_curves
 
@@ -30,8 +29,8 @@ __all__ = ["Results"]
 class Results:
     """What the study finds out, by name; what is small is computed from the kept results each time."""
 
-    def __init__(self, study: Study, sizes: Sizes) -> None:
-        self.study, self.sizes = study, sizes
+    def __init__(self, study: Study) -> None:
+        self.study, self.sizes = study, study.sizes
 
     # ---------------------------------------------------------------- decompositions
 
@@ -162,11 +161,8 @@ class Results:
     def importance(self) -> xr.DataArray:
         """Absolute importance of every parameter element, with its decay."""
         data = self.by_element.dataset
-
-        def compute() -> xr.Dataset:
-            return absolute_importance(data.contribution + data.decay).to_dataset()
-
-        return self.study.dataset("importance", compute)["importance"].load()
+        kept = self.study.dataset("importance", lambda: absolute_importance(element_scores(data)).to_dataset())
+        return kept["importance"].load()
 
     # ---------------------------------------------------------------- phases by a statistic
 
@@ -248,8 +244,8 @@ class Results:
 
     @cached_property
     def retrained(self) -> pd.DataFrame:
-        """Their mean and spread over seeds."""
-        return mean_and_spread(self.retrained_parts)
+        """All of them in one table."""
+        return pd.concat(self.retrained_parts, ignore_index=True)
 
     @cached_property
     def pruned(self) -> pd.DataFrame:

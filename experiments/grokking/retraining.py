@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import explaind
-from explaind.analysis.agreement import accuracy
+from explaind.agreement import accuracy
 from explaind.evaluation import evaluate
 from explaind.interventions import transplant
 
@@ -18,7 +18,7 @@ from .model import OUTER, PIPELINE
 from .phases import Phases
 from .recipes import Recipe
 
-__all__ = ["Condition", "conditions", "first_epochs", "mean_and_spread", "retrain"]
+__all__ = ["Condition", "conditions", "first_epochs", "retrain"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,17 +92,6 @@ def retrain(recipe: Recipe, run: explaind.Run, condition: Condition, *, seed: in
     curves.insert(0, "seed", seed)
     curves.insert(0, "condition", condition.name)
     return curves
-
-
-def mean_and_spread(parts: Iterable[pd.DataFrame]) -> pd.DataFrame:
-    """Join what `retrain` returned: mean and standard deviation over the seeds.
-
-    Returns:
-        One row per `condition`, `split` and `epoch`: `mean`, `std` (NaN for a single seed) and `num_seeds`.
-    """
-    joined = pd.concat(list(parts), ignore_index=True)
-    grouped = joined.groupby(["condition", "split", "epoch"], sort=False)["accuracy"]
-    return grouped.agg(mean="mean", std="std", num_seeds="size").reset_index()
 
 
 def first_epochs(parts: Iterable[pd.DataFrame], *, least: float = 0.99) -> pd.DataFrame:

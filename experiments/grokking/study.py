@@ -19,6 +19,7 @@ from explaind.stream import write_dataset
 from .decompose import open_study
 from .phases import Phases, find_phases
 from .recipe import Recipe
+from .sizes import Sizes
 from .task import Split
 from .training import train
 
@@ -34,26 +35,27 @@ class Study:
     """
 
     recipe: Recipe
+    sizes: Sizes
     directory: Path
     progress: bool = True
 
     def prepare(self, *, fresh: bool) -> None:
-        """Make the directory, or check that it belongs to the same recipe.
+        """Make the directory, or check that it belongs to the same recipe and sizes.
 
         Raises:
             ValueError: it holds a study of another recipe, or something else.
         """
-        mark = self.directory / "recipe.txt"
+        mark, own = self.directory / "recipe.txt", f"{self.recipe}\n{self.sizes}\n"
         if fresh and mark.is_file():
             shutil.rmtree(self.directory)
-        if mark.is_file() and mark.read_text() != str(self.recipe):
+        if mark.is_file() and mark.read_text() != own:
             raise ValueError(
-                f"{self.directory} holds a study of another recipe. Choose another --out, or give --fresh."
+                f"{self.directory} holds a study of another recipe or size. Choose another --out, or give --fresh."
             )
         if not mark.is_file() and self.directory.is_dir() and any(self.directory.iterdir()):
             raise ValueError(f"{self.directory} has files that are not a study's. Choose another --out.")
         self.directory.mkdir(parents=True, exist_ok=True)
-        mark.write_text(str(self.recipe))
+        mark.write_text(own)
 
     @cached_property
     def split(self) -> Split:

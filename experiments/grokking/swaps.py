@@ -9,7 +9,7 @@ import pandas as pd
 from torch import Tensor
 
 import explaind
-from explaind.analysis.agreement import accuracy
+from explaind.agreement import accuracy
 from explaind.evaluation import evaluate
 from explaind.interventions import swap
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import pandas as pd
 from matplotlib.axes import Axes
 
@@ -10,7 +13,15 @@ from explaind.plots.style import axes_or_new, line_styles
 __all__ = ["plot_bands"]
 
 
-def plot_bands(frame: pd.DataFrame, *, x: str, y: str, line: str, ax: Axes | None = None) -> Axes:
+def plot_bands(
+    frame: pd.DataFrame,
+    *,
+    x: str,
+    y: str,
+    line: str,
+    styles: Mapping[Any, Mapping[str, Any]] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
     """A line per group through the means, in a band of one standard deviation (of the sample) on both sides.
 
     Args:
@@ -18,6 +29,7 @@ def plot_bands(frame: pd.DataFrame, *, x: str, y: str, line: str, ax: Axes | Non
         x: column along the horizontal axis.
         y: column with what was measured.
         line: column with the group; groups are drawn in the order in which they come.
+        styles: colour and line style of every group; by default those of `explaind.plots.style`, in their order.
         ax: where to draw.
 
     Raises:
@@ -27,7 +39,8 @@ def plot_bands(frame: pd.DataFrame, *, x: str, y: str, line: str, ax: Axes | Non
         raise ValueError(f"there is no column {missing[0]!r}; the table has {', '.join(map(str, frame.columns))}.")
     ax = axes_or_new(ax)
     frame = frame[[x, y, line]].reset_index(drop=True)
-    for name, style in line_styles(list(dict.fromkeys(frame[line]))).items():
+    names = list(dict.fromkeys(frame[line]))
+    for name, style in (line_styles(names) if styles is None else {name: styles[name] for name in names}).items():
         values = frame[frame[line] == name].groupby(x)[y]
         mean, spread = values.mean(), values.std().fillna(0.0)
         ax.plot(mean.index, mean, label=f"{name} (n = {values.size().max()})", **style)

@@ -9,13 +9,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from explaind.plots.style import line_styles
+from explaind.plots.style import LOWERED, RAISED, line_styles
 
 from .layout import Phases, over_steps
 
 __all__ = ["frequency_fit", "frequency_spectra", "progress_curves"]
 
-_PLAIN, _KEY = "#9a9a9a", "#D55E00"
+_PLAIN, _KEY = "#9a9a9a", LOWERED
 
 
 def frequency_fit(fit: pd.DataFrame, profile: pd.Series[float], key: Sequence[int]) -> Figure:
@@ -31,7 +31,7 @@ def frequency_fit(fit: pd.DataFrame, profile: pd.Series[float], key: Sequence[in
     bars.axhline(0, color="black", linewidth=0.8)
     bars.set_ylabel("Lasso weight of cos(2π f d / n)")
     bars.set_title("Frequencies in the similarity of predictions")
-    line.plot(profile.index, profile, "o-", color="#0072B2", markersize=3)
+    line.plot(profile.index, profile, "o-", color=RAISED, markersize=3)
     line.set_xlabel("difference d of the classes")
     line.set_ylabel("mean cosine of parameter scores")
     line.set_title("Similarity by difference")

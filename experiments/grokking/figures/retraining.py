@@ -8,6 +8,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
+from explaind.plots import plot_bands
+
 from .swaps import SET_STYLES
 
 __all__ = ["retrained_accuracy"]
@@ -25,24 +27,14 @@ def retrained_accuracy(curves: pd.DataFrame) -> Figure:
     """Training and validation accuracy over the epochs, mean and standard deviation of the seeds, by what was copied.
 
     Args:
-        curves: what `experiments.grokking.retraining.mean_and_spread` returned.
+        curves: what `experiments.grokking.retraining.retrain` returned, joined.
     """
     figure, panels = plt.subplots(1, 2, figsize=(11, 5), sharex=True, sharey=True, layout="constrained")
-    for axes, split in zip(panels, ("train", "validation"), strict=True):
-        for name, style in _STYLES.items():
-            line = curves[(curves["condition"] == name) & (curves["split"] == split)]
-            spread = line["std"].fillna(0.0)
-            axes.plot(line["epoch"], line["mean"], label=name, **style)
-            axes.fill_between(
-                line["epoch"],
-                (line["mean"] - spread).clip(0, 1),
-                (line["mean"] + spread).clip(0, 1),
-                color=style["color"],
-                alpha=0.2,
-                linewidth=0,
-            )
-        axes.set_xlabel("epoch (one step on the whole training set)")
-        axes.set_title({"train": "training pairs"}.get(split, "validation pairs"))
+    for axes, (split, title) in zip(panels, (("train", "training"), ("validation", "validation")), strict=True):
+        part = curves[curves["split"] == split]
+        plot_bands(part, x="epoch", y="accuracy", line="condition", styles=_STYLES, ax=axes)
+        axes.get_legend().remove()
+        axes.set(xlabel="epoch (one step on the whole training set)", ylabel="", title=f"{title} pairs")
     panels[0].set_ylabel("accuracy, mean ± standard deviation")
     figure.legend(
         *panels[0].get_legend_handles_labels(),
@@ -50,5 +42,5 @@ def retrained_accuracy(curves: pd.DataFrame) -> Figure:
         loc="outside lower center",
         ncols=3,
     )
-    figure.suptitle(f"All weights trained again, with some copied at the beginning ({curves['num_seeds'].max()} seeds)")
+    figure.suptitle("All weights trained again, with some copied at the beginning")
     return figure
