@@ -40,8 +40,8 @@ class Sizes:
 
 
 QUICK = Sizes(
-    tolerance=1e-4,
-    single_queries=24,
+    tolerance=1e-3,
+    single_queries=18,
     window=50,
     machine_inputs=1,
     node_queries=4,
