@@ -1,6 +1,7 @@
 """The grokking experiment: the paper's sizes, and all stages end to end on a tiny problem."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -151,7 +152,10 @@ def test_every_claim_is_judged_in_the_findings(study):
     for claim in findings["claims"]:
         assert claim["verdict"] in ("agrees", "refines", "disagrees")
         assert claim["figure"] in GALLERY
-        assert claim["ours"] in page
+        assert claim["ours"].replace("|", "\\|") in page
+        assert claim["theirs"].replace("|", "\\|") in page
+    rows = [line for line in page.splitlines() if line.startswith("| ") and "](figures/" in line]
+    assert [len(re.split(r"(?<!\\)\|", row)) for row in rows] == [6] * len(CLAIMS)
     assert f"reached 0.99 at step {findings['memorised_at']}" in page
 
 

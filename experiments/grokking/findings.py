@@ -102,7 +102,7 @@ def in_words(found: dict[str, Any]) -> str:
         "| the paper | this run | | figure |",
         "|---|---|---|---|",
         *(
-            f"| {claim['theirs']} | {claim['ours']} | **{claim['verdict']}** | [{claim['figure']}](figures/"
+            f"| {_in_a_cell(claim['theirs'])} | {_in_a_cell(claim['ours'])} | **{claim['verdict']}** | [{claim['figure']}](figures/"
             f"{claim['figure']}.png) |"
             for claim in found["claims"]
         ),
@@ -149,3 +149,8 @@ def in_words(found: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _in_a_cell(text: str) -> str:
+    """Text of a Markdown table, in which a bar would end the cell."""
+    return text.replace("|", "\\|")

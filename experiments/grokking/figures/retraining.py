@@ -34,7 +34,7 @@ def retrained_accuracy(curves: pd.DataFrame) -> Figure:
         part = curves[curves["split"] == split]
         plot_bands(part, x="epoch", y="accuracy", line="condition", styles=_STYLES, ax=axes)
         axes.get_legend().remove()
-        axes.set(xlabel="epoch (one step on the whole training set)", ylabel="", title=f"{title} pairs")
+        axes.set(xlabel="epoch (one step on the whole training set)", ylabel="", title=f"{title} pairs", ylim=(0, 1.02))
     panels[0].set_ylabel("accuracy, mean ± standard deviation")
     figure.legend(
         *panels[0].get_legend_handles_labels(),
