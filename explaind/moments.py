@@ -10,8 +10,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from threading import RLock
@@ -31,6 +30,7 @@ from explaind.replay.model import Forward, dense
 from explaind.replay.updates import UpdateReplay
 from explaind.rescaling import Rescaling
 from explaind.store import decoding
+from explaind.threads import num_threads
 
 if TYPE_CHECKING:
     from explaind.record import Record
@@ -187,7 +187,7 @@ class Moments:
         record, device = self._record, self._record.device_here
         trained = self._table.unflatten(self.params(step), trained_dtype=True)
         params = {name: tensor.to(device, copy=True).requires_grad_() for name, tensor in trained.items()}
-        with _threads(self._store.attributes.get("threads")):
+        with num_threads(self._store.attributes.get("threads")):
             for call in record.calls(step):
                 forward = Forward(record.model, call.kind, record.objective)
                 accumulate(forward, call, params, record.fixed_version(call.fixed_version), device)
@@ -249,17 +249,3 @@ def _keep(known: OrderedDict[int, _Value], step: int, value: _Value, size: Calla
     known[step] = value
     while len(known) > 1 and sum(map(size, known.values())) > _CACHE_BYTES:
         known.popitem(last=False)
-
-
-@contextmanager
-def _threads(number: int | None) -> Iterator[None]:
-    """Compute with so many threads, as their number decides how sums are rounded."""
-    before = torch.get_num_threads()
-    if number in (None, before):
-        yield
-        return
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

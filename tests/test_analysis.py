@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 
 from explaind.analysis.embedding import embed
@@ -146,7 +147,9 @@ def two_clusters():
 
 @pytest.mark.filterwarnings("ignore:Tensorflow not installed", "ignore::DeprecationWarning")
 def test_an_embedding_keeps_alike_queries_together():
+    threads = torch.get_num_threads()
     points = embed(two_clusters().assign_coords(query=range(40)), layer="a", num_neighbours=10)
+    assert torch.get_num_threads() == threads
     assert points["query"].tolist() == list(range(40))
     one, other = points.iloc[:20][["x", "y"]], points.iloc[20:][["x", "y"]]
     between = float(np.linalg.norm(one.mean() - other.mean()))

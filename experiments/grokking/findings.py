@@ -102,8 +102,8 @@ def in_words(found: dict[str, Any]) -> str:
         "| the paper | this run | | figure |",
         "|---|---|---|---|",
         *(
-            f"| {_in_a_cell(claim['theirs'])} | {_in_a_cell(claim['ours'])} | **{claim['verdict']}** | [{claim['figure']}](figures/"
-            f"{claim['figure']}.png) |"
+            f"| {_in_a_cell(claim['theirs'])} | {_in_a_cell(claim['ours'])} | **{claim['verdict']}** "
+            f"| [{claim['figure']}](figures/{claim['figure']}.png) |"
             for claim in found["claims"]
         ),
         "",

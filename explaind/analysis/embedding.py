@@ -9,6 +9,7 @@ import xarray as xr
 from explaind.analysis.dimensions import require
 from explaind.analysis.extras import optional
 from explaind.sums import sums
+from explaind.threads import num_threads
 
 __all__ = ["embed"]
 
@@ -47,5 +48,6 @@ def embed(term: xr.DataArray, *, layer: str, num_neighbours: int = 15, seed: int
         )
     umap = optional("umap", purpose="an embedding", package="umap-learn")
     mapper = umap.UMAP(n_neighbors=num_neighbours, metric="cosine", random_state=seed, n_jobs=1)
-    x, y = mapper.fit_transform(rows.values).T
+    with num_threads():  # numba's pool of threads can be torch's
+        x, y = mapper.fit_transform(rows.values).T
     return pd.DataFrame({"query": rows["query"].values, "x": x, "y": y})

@@ -29,6 +29,7 @@ _MOST = {1: 2.0, 50: 0.15}
 """Goals: bytes per step, in those of the parameters."""
 _OF_THE_MODEL = ("params", "gradient", "state", "digest")
 _READS = 8
+_READS_IN_REVERSE = 16
 _CODECS: Mapping[str, Callable[[NDArray[Any]], bytes]] = {
     "none": lambda rows: rows.tobytes(),
     "zstd 1": lambda rows: Blosc("zstd", 1, Blosc.NOSHUFFLE).encode(rows),
@@ -108,7 +109,8 @@ def _reverse(problem: Problem, path: Path) -> list[float]:
     def read(step: int) -> None:
         run.flat_params(step), run.state(step), run.flat_gradient(step)
 
-    return [seconds(lambda step=step: read(step)) for step in reversed(range(run.num_steps))]
+    last = range(max(run.num_steps - _READS_IN_REVERSE, 0), run.num_steps)
+    return [seconds(lambda step=step: read(step)) for step in reversed(last)]
 
 
 def _num_bytes(path: Path) -> int:
