@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import grad, jvp, vmap
 
-from explaind.path.kinks import averaged, watched
+from explaind.path.kinks import KnownKinks, averaged, watched
 from explaind.path.slopes import share_above_zero
 from tests.kinked_functions import BENT, OF_ONE, OF_SEVERAL, VECTORISED, averaged_gradient, averaged_sum, way, weighted
 
@@ -199,3 +199,24 @@ def test_errors_of_the_model_are_its_own():
         F.relu(torch.ones(1))
         with averaged(seen, seen):
             raise ZeroDivisionError
+
+
+def test_arguments_of_some_rows_are_known_from_those_of_more():
+    start, update, rows = torch.zeros(2), torch.ones(2), torch.tensor([0, 2, 5])
+    argument = torch.arange(6.0).reshape(3, 2)
+    for by_row in (True, False):
+        known = KnownKinks(by_row=by_row, most_bytes=1 << 10)
+        known.put(start, update, 0.5, rows, {"0 relu": argument})
+        assert known.get(start, update, 0.5, rows)["0 relu"] is argument
+        some = known.get(start, update, 0.5, torch.tensor([0, 5]))
+        assert (some["0 relu"].tolist() == [[0, 1], [4, 5]]) if by_row else some is None
+        assert known.get(start, update, 0.5, torch.tensor([0, 3])) is None
+        assert known.get(start, update, 0.25, rows) is None
+
+
+def test_arguments_are_forgotten_from_the_first_point_on():
+    start, update, rows, argument = torch.zeros(2), torch.ones(2), torch.arange(3), torch.zeros(3, dtype=torch.float64)
+    known = KnownKinks(by_row=True, most_bytes=2 * argument.nbytes)
+    for position in (0.0, 0.5, 1.0):
+        known.put(start, update, position, rows, {"0 relu": argument})
+    assert [known.get(start, update, position, rows) is None for position in (0.0, 0.5, 1.0)] == [True, False, False]

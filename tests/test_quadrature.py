@@ -5,8 +5,10 @@ import pytest
 import torch
 from torch import nn
 
+import explaind
 from explaind import quadrature
 from explaind.path import integral as path_integral
+from explaind.path.queries import QueryFunction
 from tests.cases import CASES, Case, one_group, query, record
 
 ADAMW = next(case for case in CASES if case.name == "adamw-full-batch-shuffled")
@@ -31,7 +33,7 @@ class Scalar:
         return Slopes(length * sum(weight * slope for weight, slope in zip(rule.weights, nodes, strict=True))[None])
 
     def gathered(self, parts, total):
-        sums = [part.weight * part.averages.slopes[part.entries] for part in parts]
+        sums = [part.weights[:, None] * part.averages.slopes for part in parts]
         return sum(sums, start=0.0 if total is None else total)
 
 
@@ -165,3 +167,47 @@ def test_smooth_networks_gain_two_orders_per_node(tmp_path):
     run, _ = record(ADAMW, tmp_path / "run.zarr")
     errors = [total_residual(run, quadrature.gauss_legendre(n))[0] for n in (1, 2, 3)]
     assert errors[0] > 500 * errors[1] > 500**2 * errors[2]
+
+
+def test_a_kink_may_take_what_the_rest_leaves_of_the_tolerance():
+    # With an equal share for equal lengths it would be divided until its length is a hundredth, which takes 37 nodes.
+    result = integrate(kinked(), quadrature.adaptive(1), tolerance=1e-2)
+    assert int(result.num_nodes) <= 15
+    assert abs(float(result.residual)) <= 1e-2
+
+
+def test_the_tolerance_that_was_given_stays_as_it_was():
+    function, tolerance = smooth(), torch.tensor([1e-6], dtype=torch.float64)
+    start, update = torch.tensor([0.2], dtype=torch.float64), torch.tensor([0.5], dtype=torch.float64)
+    ends = function.values(start, update, 0.0, None), function.values(start, update, 1.0, None)
+    path_integral.integrate(
+        function, start, update, change=ends, tolerance=tolerance, quadrature=quadrature.adaptive(2)
+    )
+    assert tolerance.tolist() == [1e-6]
+
+
+def test_queries_that_need_the_same_sub_intervals_share_passes(tmp_path, monkeypatch):
+    run, _ = record(VIOLENT, tmp_path / "run.zarr", activation=nn.ReLU)
+    passes, averages = [], QueryFunction.averages
+    monkeypatch.setattr(
+        QueryFunction, "averages", lambda *args, **settings: passes.append(args[3]) or averages(*args, **settings)
+    )
+    numbers = []
+    for copies in (1, 5):
+        asked = query(num=1)
+        asked = explaind.Query(asked.inputs.repeat(copies, 1), output=explaind.outputs.log_prob([0] * copies))
+        result = run.attribute(asked, by=("query", "step"), tolerance=1e-5)
+        numbers.append((len(passes), result.dataset.num_nodes.sel(query=0).values.tolist()))
+        passes.clear()
+    assert numbers[0] == numbers[1]
+    assert max(numbers[0][1]) > 1
+
+
+def test_what_is_remembered_of_kinks_changes_nothing(tmp_path, monkeypatch):
+    run, _ = record(VIOLENT, tmp_path / "run.zarr", activation=nn.ReLU)
+    options = {"by": ("query", "step", "parameter"), "tolerance": 1e-4}
+    known = run.attribute(query(num=6), **options).dataset
+    monkeypatch.setattr(QueryFunction, "remembered_bytes", 0)
+    again = run.attribute(query(num=6), **options).dataset
+    np.testing.assert_allclose(known.contribution, again.contribution, rtol=0, atol=1e-13)
+    np.testing.assert_array_equal(known.num_nodes, again.num_nodes)

@@ -122,7 +122,8 @@ def test_rows_gradients_and_their_products_are_those_of_each_row_alone(name):
             torch.testing.assert_close(few, reference[:, some], rtol=0, atol=1e-10)
         for mixed in (torch.eye(ROWS)[[4, 2]], torch.tensor([[0.0, 2.0, 0.0, -1.0, 0.5], [1.0, 0.0, 0.0, 0.0, 0.0]])):
             sums = torch.zeros(2, expected[0].numel(), dtype=torch.float64)
-            add_combined(sums, [(part, mixed.double()) for part in parts])
+            query, row = mixed.nonzero(as_tuple=True)
+            add_combined(sums, [(part, query, row, mixed[query, row].double()) for part in parts])
             torch.testing.assert_close(sums, mixed.double() @ expected.reshape(ROWS, -1), rtol=0, atol=1e-12)
 
 

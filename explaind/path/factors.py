@@ -45,7 +45,7 @@ _SHORT_SEGMENT = 8
 class Factors(Protocol):
     """The gradients of all rows by one use of a parameter."""
 
-    def take(self, rows: Tensor) -> Self:
+    def take(self, rows: Tensor | slice) -> Self:
         """Those of some rows, `[row]`."""
         ...
 
@@ -93,36 +93,36 @@ class Factors(Protocol):
         ...
 
 
-def add_combined(total: Tensor, parts: Sequence[tuple[Factors, Tensor]]) -> None:
-    """Add Σ_k w_{qk} g_k over all parts to `total [query, element]`.
+def add_combined(total: Tensor, parts: Sequence[tuple[Factors, Tensor, Tensor, Tensor]]) -> None:
+    """Add sums of rows' gradients to `total [query, element]`.
 
     Args:
         total: changed in place.
-        parts: factors, and the weights w of their rows `[query, row]`, most of them zero.
+        parts: factors; and of every term the query, the row and its weight, `[term]` each.
     """
-    alike: dict[Any, list[tuple[Factors, Tensor]]] = {}
-    for factors, weights in parts:
-        query, row = weights.nonzero(as_tuple=True)
-        members = factors.take(row).scaled(weights[query, row])
-        alike.setdefault(members.kind, []).append((members, query))
+    alike: dict[Any, list[tuple[Factors, Tensor, Tensor]]] = {}
+    for factors, query, row, weights in parts:
+        members = factors.take(row)
+        alike.setdefault(members.kind, []).append((members, query, weights))
     for group in alike.values():
-        query = torch.cat([query for _, query in group])
-        members = group[0][0].joined([members for members, _ in group[1:]])
+        query, weights = torch.cat([query for _, query, _ in group]), torch.cat([weights for *_, weights in group])
+        members = group[0][0].joined([members for members, _, _ in group[1:]])
         order, counts = query.argsort(stable=True), torch.bincount(query, minlength=len(total))
-        first = counts.cumsum(0) - counts
-        for count in counts.unique().tolist():
-            chosen = (counts == count).nonzero()[:, 0]
-            rows = order[first[chosen, None] + torch.arange(count, device=order.device)]
-            if count and len(chosen) == len(total):
-                total += members.take(rows.flatten()).merged(count).gradients().reshape(len(chosen), -1)
-            elif count:
-                total[chosen] += members.take(rows.flatten()).merged(count).gradients().reshape(len(chosen), -1)
+        members, weights, ends = members.take(order), weights[order], counts.cumsum(0)
+        if len(counts.unique()) == 1:
+            each = members.scaled(weights).merged(len(order) // len(total))
+            total += each.gradients().reshape(len(total), -1)
+            continue
+        for place, (end, count) in enumerate(zip(ends.tolist(), counts.tolist(), strict=True)):
+            if count:
+                rows = slice(end - count, end)
+                total[place] += members.take(rows).combined(weights[rows]).flatten()
 
 
 class Rows:
     """What all dataclasses of tensors `[row, …]` share."""
 
-    def take(self, rows: Tensor) -> Self:
+    def take(self, rows: Tensor | slice) -> Self:
         """See `Factors.take`."""
         return self._with({name: tensor[rows] for name, tensor in self._tensors.items()})
 

@@ -8,33 +8,30 @@ that is what `adaptive` refines by.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from explaind.path.intervals import PARTS, Candidate, Division, Estimate, Part, Wanted, alike, grouped
 from explaind.quadrature import FixedRule, Quadrature
 
-__all__ = ["PARTS", "Part", "PathFunction", "StepIntegral", "integrate"]
+__all__ = ["PathFunction", "StepIntegral", "integrate"]
 
 _NOISE = 4
 """Units of rounding that an error is told from: one within them is not the rule's."""
-_BY_LENGTH = 3 / 4
-"""Part of the tolerance that sub-intervals have by their length."""
+_AT_ONCE = 1 / 2
+"""Part of what is left of the tolerance that the smallest errors may take while others are too large."""
 _EXTRAPOLATION = 2.5
 """How much smaller than the sum of its parts' errors that of an extrapolation is expected to be."""
-PARTS = (2, 4, 8)
-"""Numbers of parts that a sub-interval is divided into at once."""
-_PASS_QUERIES = 30
-"""Queries whose gradients take as long as what every pass through a model takes, however few there are."""
 _MOST_NODES = 1 << 12
 """Of a query and step: gradients that are less exact than their type never reach the tolerance."""
 _WAITING_BYTES = 32 << 20
 """Of average gradients of sub-intervals that may wait to be divided."""
-_KEPT_PARTS, _KEPT_BYTES = 32, 64 << 20
-"""Most sub-intervals whose gradients are put together at once, and most of their average gradients."""
+_KEPT_BYTES = 64 << 20
+"""Most of average gradients that are put together at once."""
 
 
 class Averages(Protocol):
@@ -96,18 +93,6 @@ class PathFunction(Protocol):
 
 
 @dataclass(frozen=True)
-class Part:
-    """Average gradients over a sub-interval, as far as they count."""
-
-    averages: Any
-    entries: Tensor
-    """Which of its entries count, `[query]`."""
-    which: Tensor
-    """The queries of these, `[query]`."""
-    weight: float
-
-
-@dataclass(frozen=True)
 class StepIntegral:
     """∫∇q over one step for every query."""
 
@@ -143,59 +128,6 @@ def integrate(
     return _Integration(function, start, update, tolerance, quadrature).over(change)
 
 
-@dataclass(frozen=True)
-class _Estimate:
-    """The rule's estimate over a sub-interval, for some queries."""
-
-    ends: tuple[float, float]
-    which: Tensor
-    """The queries, `[query]`."""
-    before: Tensor
-    """q at the left end, `[query]`."""
-    after: Tensor
-    """q at the right end, `[query]`."""
-    averages: Any
-    entries: Tensor
-    """Places of the queries among those of the averages, `[query]`."""
-    products: Tensor
-    """`[query, parameter]`"""
-    exact: bool
-    """Whether it was computed in float64."""
-
-    @property
-    def length(self) -> float:
-        return self.ends[1] - self.ends[0]
-
-    @property
-    def change(self) -> tuple[Tensor, Tensor]:
-        return self.before, self.after
-
-    @property
-    def error(self) -> Tensor:
-        """What it misses of the change of q, `[query]`."""
-        return self.after - self.before - self.products.sum(dim=1)
-
-    def of(self, chosen: Tensor) -> _Estimate:
-        """That of some of its queries, by a mask `[query]`."""
-        fields = ("which", "before", "after", "entries", "products")
-        return replace(self, **{name: getattr(self, name)[chosen] for name in fields})
-
-
-def _grouped(counts: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Queries that are divided together, and into how many parts; a few join those that are divided further.
-
-    Args:
-        counts: the parts that each needs, zero for none, `[query]`.
-    """
-    waiting, needed = torch.zeros_like(counts, dtype=torch.bool), counts.unique().tolist()
-    for count, larger in zip(needed, [*needed[1:], None], strict=True):
-        if count:
-            waiting |= counts == count
-            if larger is None or int(waiting.sum()) * (larger - count) > _PASS_QUERIES * count:
-                yield count, waiting
-                waiting = torch.zeros_like(waiting)
-
-
 class _Integration:
     """Estimates a step, and divides the sub-intervals of those queries whose error is too large."""
 
@@ -213,111 +145,166 @@ class _Integration:
             )
         self._order = 2 if self._kinks and function.kinked else 2 * len(self._rule.nodes)
         self._spent = torch.zeros(len(tolerance), dtype=torch.int64, device=start.device)
-        self._extra = torch.zeros_like(tolerance)
-        """Error of sub-intervals that took more than their share, `[query]`."""
+        self._left = tolerance.to(torch.float64, copy=True)
+        """Of the tolerance, that what is kept does not take, `[query]`."""
         self._products: Tensor | None = None
         self._phi: Tensor | None = None
-        self._parts = list[Part]()
+        self._parts = dict[int, Part]()
+        """By identity, so that one that counts for several reasons is there once."""
 
     def over(self, change: tuple[Tensor, Tensor]) -> StepIntegral:
         """The integral over the whole step."""
         every = torch.arange(len(self._tolerance), device=self._start.device)
-        waiting = [self._estimate((0.0, 1.0), every, change, exact=False)]
-        while waiting:
-            estimate = waiting.pop(self._next(waiting))
-            counts, noisy = self._judge(estimate)
-            for count, chosen in _grouped(counts):
-                waiting += self._divide(estimate.of(chosen), count)
-            if noisy.any():
-                part = estimate.of(noisy)
-                waiting.append(self._estimate(part.ends, part.which, part.change, exact=True))
-        phi = self._function.gathered(self._parts, self._phi)
+        (whole,) = self._estimates([Wanted((0.0, 1.0), every, *change, False)])
+        self._unit = whole.part.averages.rounding(self._update)  # of a sub-interval: its part of the whole's
+        candidates = [Candidate.alone(whole)]
+        while candidates:
+            inaccurate, again = self._judge(candidates)
+            waiting, divided = self._next(inaccurate)
+            candidates = [Candidate.alone(estimate) for estimate in waiting + self._estimates(again)]
+            counts = self._counts(inaccurate)
+            candidates += self._divided(
+                Division(estimate.of(chosen), count)
+                for estimate in divided
+                for count, chosen in grouped(counts[estimate.which].clamp_max(self._most(estimate)))
+            )
+        phi = self._function.gathered(list(self._parts.values()), self._phi)
         assert self._products is not None
         return StepIntegral(phi, self._products, change[1] - change[0] - self._products.sum(dim=1), self._spent)
 
-    def _next(self, waiting: Sequence[_Estimate]) -> int:
-        """The worst, so that of what there are no nodes for the error is small; the last, if too much is in memory."""
-        if sum(estimate.averages.num_bytes for estimate in waiting) > _WAITING_BYTES:
-            return len(waiting) - 1
-        errors = [float((each.error.abs() / self._tolerance[each.which]).max()) for each in waiting]
-        return errors.index(max(errors))
+    @staticmethod
+    def _next(inaccurate: list[Estimate]) -> tuple[list[Estimate], list[Estimate]]:
+        """Those that go on waiting, and those that are divided: all, as they share passes, or the last if too many."""
+        held = {id(each.part): each.part.averages.num_bytes for each in inaccurate}
+        place = 0 if sum(held.values()) <= _WAITING_BYTES else len(inaccurate) - 1
+        return inaccurate[:place], inaccurate[place:]
 
-    def _estimate(
-        self, ends: tuple[float, float], which: Tensor, change: tuple[Tensor, Tensor], *, exact: bool
-    ) -> _Estimate:
-        averages = self._function.averages(
-            self._start, self._update, ends, which, self._rule, kinks=self._kinks, exact=exact
-        )
-        self._spent[which] += len(self._rule.nodes)
-        entries = torch.arange(len(which), device=which.device)
-        return _Estimate(ends, which, *change, averages, entries, averages.products(self._update), exact)
+    def _estimates(self, wanted: Sequence[Wanted]) -> list[Estimate]:
+        """Estimates in the order of what is wanted, with one pass for all queries that need the same sub-interval."""
+        found = dict[int, Estimate]()
+        for (ends, exact), places in alike((each.ends, each.exact) for each in wanted).items():
+            which = torch.cat([wanted[place].which for place in places])
+            averages = self._function.averages(
+                self._start, self._update, ends, which, self._rule, kinks=self._kinks, exact=exact
+            )
+            self._spent[which] += len(self._rule.nodes)
+            part = Part(averages, which, torch.zeros_like(self._tolerance[which]))
+            products = averages.products(self._update)
+            entries, first = torch.arange(len(which), device=which.device), 0
+            for place in places:
+                own, each = slice(first, first + len(wanted[place].which)), wanted[place]
+                found[place] = Estimate(
+                    ends, each.which, each.before, each.after, part, entries[own], products[own], exact
+                )
+                first = own.stop
+        return [found[place] for place in range(len(wanted))]
 
-    def _judge(self, estimate: _Estimate) -> tuple[Tensor, Tensor]:
+    def _values(self, positions: Sequence[float], which: Sequence[Tensor]) -> list[Tensor]:
+        """Values of some queries at each of some positions, with one pass for all that need the same position."""
+        found = dict[int, Tensor]()
+        for position, places in alike(positions).items():
+            every = torch.cat([which[place] for place in places])
+            values = self._function.values(self._start, self._update, position, every)
+            found |= zip(places, values.split([len(which[place]) for place in places]), strict=True)
+        return [found[place] for place in range(len(which))]
+
+    def _judge(self, candidates: Sequence[Candidate]) -> tuple[list[Estimate], list[Wanted]]:
         """Keep what is accurate enough.
 
         Returns:
-            Into how many parts to divide the others, zero for none, `[query]`, and for which to compute the same in
-            float64 instead, as its error is nothing but rounding, `[query]`.
+            Estimates that are not, and what is to be estimated in float64 as its error is nothing but rounding.
         """
-        which, error, length = estimate.which, estimate.error.abs(), estimate.length
-        wanted, most = self._tolerance[which], math.floor(length * 2.0**self._depth)
-        share = error / (_BY_LENGTH * wanted * length).clamp_min(torch.finfo(error.dtype).tiny)
-        # A kink spoils one short sub-interval only, which may have more than its share.
-        spare = (1 - _BY_LENGTH) * wanted
-        more = (share > 1) & (error <= spare / max(PARTS)) & (self._extra[which] + error <= spare)
-        self._extra[which] += torch.where(more, error, 0.0)
-        done = (share <= 1) | more | (self._spent[which] >= _MOST_NODES) | (most < 2)
-        noisy = torch.zeros_like(done)
-        if not done.all():
-            noise = ~done & (error <= _NOISE * estimate.averages.rounding(self._update)[estimate.entries])
-            done, noisy = (done | noise, noisy) if estimate.exact else (done, noise)
-        if done.any():
-            self._keep(estimate.of(done), 1.0)
-        reached = [math.log2(_EXTRAPOLATION) + self._order * math.log2(count) for count in PARTS[:-1]]
-        wide = torch.bucketize(share.log2(), torch.tensor(reached).to(share))
-        counts = torch.tensor(PARTS, device=share.device)[wide].clamp_max(most)
-        return torch.where(done | noisy, 0, counts), noisy
+        again, single = list[Wanted](), list[Candidate]()
+        for candidate in self._rejected(candidates):
+            noisy = self._noisy(candidate)
+            if noisy.any():
+                again.append(replace(candidate.whole.of(noisy).wanted, exact=True))
+            if not noisy.all():
+                left = candidate.of(~noisy)
+                single += [Candidate.alone(part) for part in left.parts or [left.whole]]
+        if any(candidate.parts for candidate in candidates):
+            single = self._rejected(single)
+        return [candidate.whole for candidate in single], again
 
-    def _divide(self, estimate: _Estimate, count: int) -> list[_Estimate]:
-        """Estimate parts of a sub-interval; returns them for those queries that they do not suffice for.
+    def _rejected(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Keep candidates, from the smallest error on, as far as the tolerance goes; returns the others."""
+        errors = torch.zeros(len(self._tolerance), len(candidates), dtype=torch.float64, device=self._start.device)
+        final = torch.zeros_like(errors, dtype=torch.bool)
+        for place, candidate in enumerate(candidates):
+            errors[candidate.whole.which, place] = candidate.error
+            final[candidate.whole.which, place] = self._final(candidate)
+        errors[final] = 0.0
+        ascending, order = errors.sort(dim=1)
+        limit = torch.where(errors.sum(dim=1) <= self._left, self._left, _AT_ONCE * self._left)
+        kept = torch.zeros_like(final).scatter_(1, order, ascending.cumsum(dim=1) <= limit[:, None])
+        self._left -= (errors * kept).sum(dim=1)
+        rejected = []
+        for place, candidate in enumerate(candidates):
+            keep = kept[candidate.whole.which, place]
+            if keep.any():
+                for estimate, weight in candidate.weighted:
+                    self._keep(estimate.of(keep), weight)
+            if not keep.all():
+                rejected.append(candidate.of(~keep))
+        return rejected
 
-        The error of the whole is count^order times that of the parts together, as far as it is of the rule's order.
-        The combination in which this cancels (Richardson's extrapolation) is taken where its own error, measured like
-        any other, is small enough.
-        """
-        (left, right), which = estimate.ends, estimate.which
-        cuts = [left + estimate.length * part / count for part in range(count)] + [right]
-        inner = [self._function.values(self._start, self._update, cut, which) for cut in cuts[1:-1]]
-        values = [estimate.before, *inner, estimate.after]
-        parts = [
-            self._estimate((cuts[i], cuts[i + 1]), which, (values[i], values[i + 1]), exact=estimate.exact)
-            for i in range(count)
+    def _final(self, candidate: Candidate) -> Tensor:
+        """Where a candidate is as accurate as it gets, `[query]`."""
+        estimate = candidate.whole
+        if candidate.parts:
+            return torch.zeros_like(estimate.which, dtype=torch.bool)
+        final = (self._spent[estimate.which] >= _MOST_NODES) | (self._most(estimate) < 2)
+        return final | (candidate.error <= self._noise(estimate)) if estimate.exact else final
+
+    def _noisy(self, candidate: Candidate) -> Tensor:
+        """Where an error is that of float32, `[query]`."""
+        estimate = candidate.whole
+        if estimate.exact:
+            return torch.zeros_like(estimate.which, dtype=torch.bool)
+        return candidate.error <= self._noise(estimate)
+
+    def _noise(self, estimate: Estimate) -> Tensor:
+        """Errors of a sub-interval that are nothing but rounding, `[query]`."""
+        if estimate.exact:
+            unit: Tensor = estimate.part.averages.rounding(self._update)[estimate.entries]
+        else:
+            unit = estimate.length * self._unit[estimate.which]
+        return _NOISE * unit
+
+    def _most(self, estimate: Estimate) -> int:
+        """Parts that a sub-interval may be divided into."""
+        return math.floor(estimate.length * 2.0**self._depth)
+
+    def _counts(self, inaccurate: Sequence[Estimate]) -> Tensor:
+        """Into how many parts each query's inaccurate sub-intervals are divided, `[query]`."""
+        errors = torch.zeros_like(self._left)
+        for estimate in inaccurate:
+            errors.index_add_(0, estimate.which, estimate.error.abs())
+        excess = (errors / self._left.clamp_min(torch.finfo(errors.dtype).tiny)).log2()
+        reached = torch.tensor([math.log2(_EXTRAPOLATION) + self._order * math.log2(count) for count in PARTS[:-1]])
+        return torch.tensor(PARTS, device=errors.device)[torch.bucketize(excess, reached.to(excess))]
+
+    def _divided(self, divisions: Iterable[Division]) -> list[Candidate]:
+        """Estimate the parts of sub-intervals."""
+        every = list(divisions)
+        places = [(cut, division.whole.which) for division in every for cut in division.cuts[1:-1]]
+        values = iter(self._values([cut for cut, _ in places], [which for _, which in places]))
+        wanted = [part for each in every for part in each.parts([next(values) for _ in range(each.count - 1)])]
+        found = iter(self._estimates(wanted))
+        return [
+            Candidate.extrapolated(each.whole, [next(found) for _ in range(each.count)], self._order) for each in every
         ]
-        left_out = 2.0 ** (-self._order * math.log2(count))
-        weight = left_out / (1 - left_out)
-        weighted = [(part, 1 + weight) for part in parts] + [(estimate, -weight)]
-        error = torch.stack([weight * part.error for part, weight in weighted]).sum(dim=0)
-        enough = error.abs() <= _BY_LENGTH * self._tolerance[which] * estimate.length
-        if enough.any():
-            for part, weight in weighted:
-                self._keep(part.of(enough), weight)
-        if enough.all():
-            return []
-        if not estimate.exact:
-            noise = torch.stack([part.averages.rounding(self._update) for part in parts]).sum(dim=0)
-            if (noisy := ~enough & (error.abs() <= _NOISE * noise)).any():
-                whole = estimate.of(noisy)
-                again = self._estimate(whole.ends, whole.which, whole.change, exact=True)
-                return [again, *(part.of(~enough & ~noisy) for part in parts if not (enough | noisy).all())]
-        return [part.of(~enough) for part in parts]
 
-    def _keep(self, estimate: _Estimate, weight: float) -> None:
+    def _keep(self, estimate: Estimate, weight: float) -> None:
         """Make an estimate a part of the integral."""
         which, products = estimate.which, weight * estimate.products
         if self._products is None:
             self._products = products.new_zeros(len(self._tolerance), products.shape[1])
         self._products.index_add_(0, which, products)
-        self._parts.append(Part(estimate.averages, estimate.entries, which, weight))
-        kept = sum(part.averages.num_bytes for part in self._parts)
-        if len(self._parts) == _KEPT_PARTS or kept > _KEPT_BYTES:
-            self._phi, self._parts = self._function.gathered(self._parts, self._phi), []
+        estimate.part.weights[estimate.entries] += weight
+        self._parts[id(estimate.part)] = estimate.part
+        if sum(part.averages.num_bytes for part in self._parts.values()) > _KEPT_BYTES:
+            self._phi = self._function.gathered(list(self._parts.values()), self._phi)
+            for part in self._parts.values():
+                part.weights.zero_()  # other queries of it may be kept yet
+            self._parts = {}

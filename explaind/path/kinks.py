@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from explaind.path.integral import PARTS
+from explaind.path.intervals import PARTS
 from explaind.path.slopes import KINKED, Kinked
 
 __all__ = ["KNOWN_POINTS", "Kinks", "KnownKinks", "averaged", "watched"]
@@ -29,8 +29,8 @@ Kinks = Mapping[str, Tensor]
 
 _NAMES = {"axis": "dim", "keepdims": "keepdim"}
 """NumPy's names of arguments, which torch knows too."""
-KNOWN_POINTS = max(PARTS) + 1
-"""A sub-interval's ends, and the cuts between its parts."""
+KNOWN_POINTS = 2 * max(PARTS) + 1
+"""Ends and cuts of the sub-intervals that are divided at once, and of half of their parts."""
 
 
 class _Intercept(TorchFunctionMode):
@@ -122,22 +122,38 @@ class KnownKinks:
     """Arguments of kinked functions at points of the segment that is being integrated.
 
     At the end that it shares with the segment before they are known from that one.
+
+    Args:
+        by_row: whether they have the inputs along their first axis.
+        most_bytes: of them that are kept.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, by_row: bool, most_bytes: int) -> None:
+        self._by_row, self._most_bytes = by_row, most_bytes
         self._start = self._update = torch.empty(0)
         self._known: dict[float, list[tuple[Tensor, Kinks]]] = {}
 
+    def anew(self, most_bytes: int) -> KnownKinks:
+        """The same for other inputs, of which nothing is known yet."""
+        return KnownKinks(by_row=self._by_row, most_bytes=most_bytes)
+
     def get(self, start: Tensor, update: Tensor, position: float, rows: Tensor) -> Kinks | None:
-        """What is known of some inputs at a point."""
+        """What is known of some inputs, ascending, at a point."""
         self._enter(start, update)
-        return next((kinks for those, kinks in self._known.get(position, ()) if torch.equal(those, rows)), None)
+        for those, kinks in self._known.get(position, ()):
+            if torch.equal(those, rows):
+                return kinks
+            if self._by_row and len(rows) < len(those):
+                places = torch.searchsorted(those, rows).clamp_max(len(those) - 1)
+                if torch.equal(those[places], rows):
+                    return {name: argument[places] for name, argument in kinks.items()}
+        return None
 
     def put(self, start: Tensor, update: Tensor, position: float, rows: Tensor, kinks: Kinks) -> None:
         """Remember some inputs at a point."""
         self._enter(start, update)
         self._known.setdefault(position, []).append((rows, kinks))
-        if len(self._known) > KNOWN_POINTS:
+        while sum(map(_num_bytes, self._known.values())) > self._most_bytes:
             del self._known[next(iter(self._known))]
 
     def _enter(self, start: Tensor, update: Tensor) -> None:
@@ -147,6 +163,10 @@ class KnownKinks:
         shared = len(start) == len(self._start) and torch.equal(start + update, self._start)
         self._known = {1.0: self._known[0.0]} if shared and 0.0 in self._known else {}
         self._start, self._update = start, update
+
+
+def _num_bytes(known: list[tuple[Tensor, Kinks]]) -> int:
+    return sum(argument.nbytes for _, kinks in known for argument in kinks.values())
 
 
 def _differing(expected: str, found: str) -> ValueError:

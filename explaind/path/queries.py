@@ -15,7 +15,7 @@ from explaind.path.budget import Budget
 from explaind.path.factors import Summed
 from explaind.path.footprint import made_bytes
 from explaind.path.inputs import QueryInputs
-from explaind.path.integral import Part
+from explaind.path.intervals import Part
 from explaind.path.kinks import KNOWN_POINTS, Kinks, KnownKinks, averaged, watched
 from explaind.path.query_averages import QueryAverages, add_parts
 from explaind.path.separation import input_bytes, row_orders
@@ -28,6 +28,7 @@ __all__ = ["QueryFunction"]
 
 _GRAPHS = 2
 """How often the activations of a forward pass are kept: as they are, and the gradients that came back to them."""
+_NUM_PROBES = 4
 _HOST_BYTES = 64 << 20
 """Of inputs that are evaluated at once on the host, where larger blocks leave the caches and take longer."""
 
@@ -93,13 +94,14 @@ class QueryFunction:
             raise ValueError(f"{len(self.names)} query names were given for {len(self._weights)} queries.")
         self.kinked = self._kink_bytes > 0
         """Whether the model computes functions whose slopes jump."""
-        self._kinks = KnownKinks()
         orders = None if self._input_bytes is None else row_orders(self._inputs, trained, scalars, blocks)
         self.separate = orders is not None
         """Whether every query is evaluated from its own inputs alone, else all inputs as one batch."""
         self._orders = orders or {}
         if not self.separate:
             self._block = query.num_inputs
+        by_row = self.separate and self._are_by_row(trained, blocks[-1], kinks)
+        self._kinks = KnownKinks(by_row=by_row, most_bytes=self.remembered_bytes)
 
     @property
     def num_queries(self) -> int:
@@ -134,7 +136,7 @@ class QueryFunction:
         part._inputs = self._inputs.take(rows)
         part._every = torch.arange(len(rows), device=self._device)
         part._kink_bytes = self._kink_bytes * len(rows) // len(self._every)
-        part.names, part._kinks = self.names[queries], KnownKinks()
+        part.names, part._kinks = self.names[queries], self._kinks.anew(part.remembered_bytes)
         return part
 
     def at(self, params: Tensor) -> Tensor:
@@ -212,6 +214,21 @@ class QueryFunction:
         if dtype == self._dtype and self.remembered_bytes:
             self._kinks.put(start, update, position, rows, seen)
         return seen
+
+    def _are_by_row(self, params: Tensor, rows: Tensor, kinks: Kinks) -> bool:
+        """Whether the arguments of kinked functions, as some inputs gave them together, have one after the other."""
+        places = torch.arange(0, len(rows), max(1, len(rows) // _NUM_PROBES), device=rows.device)
+        with torch.no_grad(), watched() as alone:
+            self._inputs.scalars(params, rows[places])
+        pairs = [(argument, kinks.get(name)) for name, argument in alone.items()]
+        return len(alone) == len(kinks) and all(
+            every is not None
+            and argument.ndim > 0
+            and (len(argument), len(every)) == (len(places), len(rows))
+            and argument.shape[1:] == every.shape[1:]
+            and torch.allclose(argument, every[places])
+            for argument, every in pairs
+        )
 
     def _members(self, which: Tensor) -> tuple[Tensor, Tensor]:
         """The inputs that some queries need, `[row]`, and their weights in them, `[query, row]`."""

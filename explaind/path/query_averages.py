@@ -9,7 +9,7 @@ from torch import Tensor
 
 from explaind.parameters import ParameterTable
 from explaind.path.factors import Factors, add_combined
-from explaind.path.integral import Part
+from explaind.path.intervals import Part
 
 __all__ = ["QueryAverages", "add_parts"]
 
@@ -25,15 +25,13 @@ class QueryAverages:
     def __init__(self, table: ParameterTable, num_queries: int) -> None:
         self._table, self._num_queries = table, num_queries
         self._terms: dict[str, list[tuple[Factors, Tensor]]] = {name: [] for name in table.names}
-
-    @property
-    def num_bytes(self) -> int:
+        self.num_bytes = 0
         """See `explaind.path.integral.Averages.num_bytes`."""
-        return sum(factors.num_bytes for terms in self._terms.values() for factors, _ in terms)
 
     def add(self, name: str, factors: Factors, weights: Tensor) -> None:
         """Add a parameter's rows with weights `[query, row]`."""
         self._terms[name].append((factors, weights))
+        self.num_bytes += factors.num_bytes
 
     def products(self, update: Tensor) -> Tensor:
         """See `explaind.path.integral.Averages.products`."""
@@ -53,17 +51,34 @@ class QueryAverages:
                 total[:, place] += weight.to(torch.float64) @ own.products(vector)[0].to(torch.float64)
         return total
 
-    def spread(self, name: str, part: Part, num_queries: int) -> list[tuple[Factors, Tensor]]:
-        """A parameter's factors, with the rows' weights `[query, row]` in all queries because of a part."""
-        spread = []
-        for factors, weights in self._terms[name]:
-            every = weights.new_zeros(num_queries, weights.shape[1])
-            spread.append((factors, every.index_copy_(0, part.which, part.weight * weights[part.entries])))
-        return spread
+    def terms(self, name: str) -> Sequence[tuple[Factors, Tensor]]:
+        """A parameter's factors, with the rows' weights `[query, row]`."""
+        return self._terms[name]
 
 
 def add_parts(table: ParameterTable, total: Tensor, parts: Sequence[Part]) -> None:
     """Put the gradients of parts of a step together, in `total [query, element]`."""
+    rows = _Rows()
     for parameter in table:
-        found = [term for part in parts for term in part.averages.spread(parameter.name, part, len(total))]
+        found = [
+            (factors, *rows.of(part, weights))
+            for part in parts
+            for factors, weights in part.averages.terms(parameter.name)
+        ]
         add_combined(total[:, parameter.slice], found)
+
+
+class _Rows:
+    """The rows that queries are made of because of some parts; the same for all parameters that share weights."""
+
+    def __init__(self) -> None:
+        self._known = dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]]()
+
+    def of(self, part: Part, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, rows and weights of the entries that are not zero, `[entry]` each."""
+        key = id(part), id(weights)
+        if key not in self._known:
+            every = part.weights.to(weights.dtype)[:, None] * weights
+            entry, row = every.nonzero(as_tuple=True)
+            self._known[key] = part.which[entry], row, every[entry, row]
+        return self._known[key]
