@@ -40,12 +40,23 @@ def test_docstring_examples(name, tmp_path):
 def test_the_readmes_example_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    (example,) = blocks("README.md")
+    _, example = blocks("README.md")
     exec(compile(example, "README.md", "exec"), {})
     printed = capsys.readouterr().out
     assert "sum of terms differs from the prediction by" in printed
     assert "raised" in printed
     assert (tmp_path / "storage" / "run.zarr").is_dir()
+
+
+@pytest.mark.filterwarnings("ignore::explaind.errors.ReplayWarning")  # on machines that round otherwise
+def test_the_readmes_sample_run_says_what_is_printed_there(monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    monkeypatch.chdir(ROOT)
+    example, _ = blocks("README.md")
+    exec(compile(example, "README.md", "exec"), {})
+    certificate, *table = capsys.readouterr().out.splitlines()
+    assert "sum of terms differs from the prediction by" in certificate
+    assert "\n".join(table) in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.filterwarnings("ignore:.*commit.json:zarr.errors.ZarrUserWarning")
