@@ -24,6 +24,8 @@ MODULES = [
     for _, name, _ in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
     if not name.endswith("__main__")
 ]
+IN_TEST_GROKKING = "02_grokking_study"  # on the study that is made there
+NOTEBOOKS = [path for path in sorted((ROOT / "notebooks").glob("*.ipynb")) if path.stem != IN_TEST_GROKKING]
 
 
 def blocks(page):
@@ -69,7 +71,7 @@ def test_the_format_pages_snippets_read_a_run(tmp_path):
     assert torch.equal(torch.from_numpy(names["weight"]), run.params(run.num_steps)["0.weight"])
 
 
-@pytest.mark.parametrize("notebook", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("default")  # of the notebook machinery, not ours
 def test_notebooks_run(notebook, tmp_path):
     (tmp_path / "notebooks").mkdir()
