@@ -3,12 +3,15 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import xarray as xr
+from nbclient import NotebookClient
 
 from experiments.grokking import __main__ as command
 from experiments.grokking import training
@@ -28,6 +31,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of what umap-learn imports
 ]
 
+ROOT = Path(__file__).parents[1]
 LITTLE = Sizes(
     tolerance=1e-2,
     single_queries=16,
@@ -171,6 +175,28 @@ def test_a_study_goes_on_where_it_stopped(study):
     assert (directory / "swaps.csv").is_file()
     assert (directory / "retrained" / "nothing-0.csv").is_file()
     assert (directory / "by_class.zarr" / "zarr.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.filterwarnings("default")  # of the notebook machinery, not ours
+def test_the_notebook_tells_the_story_of_a_study(study, monkeypatch):
+    directory, arguments = study
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    content = nbformat.read(ROOT / "notebooks" / "02_grokking_study.ipynb", as_version=4)
+    (parameters,) = (cell for cell in content.cells if "parameters" in cell.metadata.get("tags", []))
+    parameters.source = (
+        "from experiments.grokking.sizes import Sizes\n"
+        f"directory, recipe, sizes = {str(directory)!r}, quick({arguments[3]}), {LITTLE!r}"
+    )
+    before = {path: path.stat().st_mtime_ns for path in directory.glob("*.zarr")}
+    NotebookClient(content, timeout=300, kernel_name="python3").execute()
+    assert before == {path: path.stat().st_mtime_ns for path in directory.glob("*.zarr")}
+    outputs = [output for cell in content.cells if cell.cell_type == "code" for output in cell.outputs]
+    printed = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
+    assert printed.count("sum of terms differs from the prediction by") == 3
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 7
+    (page,) = (output.data["text/markdown"] for output in outputs if "text/markdown" in output.get("data", {}))
+    findings = json.loads((directory / "findings.json").read_text())
+    assert all(claim["ours"] in page for claim in findings["claims"])
 
 
 def test_an_interrupted_training_goes_on_with_the_same_curves(tmp_path, monkeypatch):

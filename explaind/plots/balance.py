@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -35,7 +36,8 @@ def plot_balance(balance: xr.DataArray, *, study: Sequence[str] | None = None, a
             ax.plot(middles, line, label=layer, marker=MARKERS[place % len(MARKERS)], markersize=4, **styles[layer])
     ax.axhline(0, color="black", linewidth=0.8)
     largest = float(np.abs(balance).max()) or 1.0
-    ax.set_yscale("symlog", linthresh=largest / 1000)
+    decade = math.ceil(math.log10(largest / 1000))  # a whole one: ticks within the linear part would overlap
+    ax.set_yscale("symlog", linthresh=10.0**decade)
     ax.set_xlabel("optimizer step, middle of the window")
     ax.set_ylabel("D = |data part| − |decay part|\nΣ over queries and parameters")
     ax.legend(title="layer", fontsize="small", ncols=2)
