@@ -104,7 +104,7 @@ def test_pairs_are_sorted_by_the_tasks_own_answer(name):
 def test_tasks_are_called_by_their_operation():
     subtraction, division = make_task("subtraction", 7), make_task("division", 7)
     assert (subtraction.expression, division.expression) == ("a − b mod 7", "a / b mod 7")
-    assert (subtraction.order, division.order) == ("in ascending order", "as powers of 3")
+    assert (subtraction.order, division.order) == ("in ascending order", "in the order 3⁰, 3¹, 3², …")
     assert subtraction.place_name("residue") == "residue"
     assert subtraction.difference_name("c", "d") == "c − d mod 7"
     assert division.place_name("residue") == "log₃(residue)"
@@ -298,7 +298,14 @@ def test_the_table_over_tasks_and_seeds(tiny, tmp_path, monkeypatch, capsys):
     page = (tmp_path / "across.md").read_text()
     assert "| division | position-free | 0 | 3 | 8 | 10 | 12 |" in page
     assert "did not grok" in page
-    assert {"layer_shares.png", "layer_shares.svg"} <= {path.name for path in tmp_path.iterdir()}
+    for figure in ("layer_shares", "change_points"):
+        assert {f"{figure}.png", f"{figure}.svg"} <= {path.name for path in tmp_path.iterdir()}
+    stability = pd.read_csv(tmp_path / "change_points-stability.csv")
+    assert stability["task"].tolist() == ["addition", "division"]
+    assert (stability["seeds"] == 1).all()
+    assert "| division | position-free | 1 |" in page.split("## Phases found by a statistic")[1]
+    found = [pd.read_csv(tmp_path / f"{task}-0" / "change_points.csv") for task in ("addition", "division")]
+    assert len(pd.read_csv(tmp_path / "change_points-found.csv")) == sum(map(len, found))
     assert not list(tmp_path.glob("*/run.zarr"))
 
     assert across.main([*arguments[:-1], "--recipe", "quick"]) == 1

@@ -83,7 +83,8 @@ class _WithoutZero(ModularTask):
     @property
     def order(self) -> str:
         """The order of :attr:`cycle` in words."""
-        return f"as powers of {primitive_root(self.modulus)}"
+        root = primitive_root(self.modulus)
+        return f"in the order {root}⁰, {root}¹, {root}², …"
 
     def place_name(self, residue: str) -> str:
         """What to call the discrete logarithm of something that is called ``residue``."""
@@ -107,7 +108,7 @@ class ModularMultiplication(_WithoutZero):
         >>> task.num_pairs, tokens[-1].tolist(), labels[-1].item(), task.cycle
         (10, [4, 5, 4, 6], 1, (1, 2, 4, 3))
         >>> task.expression, task.order, task.difference_name("c", "c'")
-        ('a · b mod 5', 'as powers of 2', "log₂(c / c') mod 4")
+        ('a · b mod 5', 'in the order 2⁰, 2¹, 2², …', "log₂(c / c') mod 4")
     """
 
     symbol, commutes = "·", True

@@ -39,8 +39,8 @@ def kernel_by_class(kernels: xr.DataArray, task: ModularTask) -> Figure:
         profile.set_xlabel(task.difference_name("training class", "validation class"))
         profile.set_ylabel("mean contribution (nats)" if place == 0 else "")
     figure.suptitle(
-        f"Path kernel between classes, {task.order}, weighted as in the run:\n"
-        "examples of the right class raise, the others lower"
+        "Path kernel between classes, weighted as in the run: examples of the right class raise, the others lower\n"
+        f"Classes {task.order}"
     )
     return figure
 
