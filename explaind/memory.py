@@ -23,6 +23,9 @@ _FORWARD_VECTORS, _REVERSE_VECTORS, _PATH_VECTORS = 5, 4, 2
 """Of the parameters' size for each query: with buffers (float64), by adjoints, and for optimizers without a rule.
 
 Adjoints are φ, C and ψ, and what φ is put together from."""
+_ELEMENT_VECTORS = 4
+"""Of as many numbers as there are elements to be told apart for each query, float64: two terms, and what they are made
+of."""
 _STEP_VECTORS = 48
 """Of the parameters' size, float64, for a step: its filter, states, gradients and what these do not explain."""
 _GRAPHS = 2
@@ -42,7 +45,10 @@ def working_set(request: Request) -> WorkingSet:
         kept = _REVERSE_VECTORS if all(run.rules) else _PATH_VECTORS
         vectors = kept * dtype.itemsize * run.table.num_elements + 2 * averaged * vector
     # The products, their sum in float64, and the block that it is entered into; on its way to a store, also the last.
-    terms = entries * ((dtype.itemsize + 8 if has_rows else 8) + (8 if request.out is None else 16))
+    entered = 8 if request.out is None else 16
+    terms = entries * ((dtype.itemsize + 8 if has_rows else 8) + entered)
+    if request.elements is not None:
+        terms += len(request.elements) * (8 * _ELEMENT_VECTORS + 2 * entered)
     own = {"gradients of queries": vectors, "terms of a step": terms}
     batch = _GRAPHS * _batch_activations(request)
     # How products are made is tried out in float64, before any query takes part.

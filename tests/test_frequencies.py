@@ -230,16 +230,20 @@ def test_measures_over_checkpoints(recorded):
 
 
 def test_the_figures_mark_key_frequencies(recorded):
+    recipe, run, _ = recorded
+    task = recipe.task
     fit = pd.DataFrame({"frequency": [1, 2, 3], "weight": [0.1, 0.0, -0.2]})
-    bars, line = frequency_fit(fit, pd.Series([1.0, 0.2, 0.2], name="similarity"), [3]).axes
+    bars, line = frequency_fit(fit, pd.Series([1.0, 0.2, 0.2], name="similarity"), [3], task).axes
     other, key = bars.containers
     assert [bar.get_height() for bar in other] == [0.1, 0.0]
     assert [bar.get_height() for bar in key] == [-0.2]
     assert line.lines[0].get_ydata().tolist() == [1.0, 0.2, 0.2]
 
-    recipe, run, _ = recorded
+    assert line.get_xlabel() == "d = log₃(class / other class) mod 6"
     shares = spectra_over_steps(recipe, run, [4])
-    titles = [axes.get_title() for axes in frequency_spectra(shares, [1]).axes]
+    spectra_axes = frequency_spectra(shares, [1], task).axes
+    assert spectra_axes[-1].get_xlabel() == "frequency f of waves cos(2π f k / 6), k = log₃(residue)"
+    titles = [axes.get_title() for axes in spectra_axes]
     assert [title.split(":")[0] for title in titles] == ["embedding", "neurons", "logits"]
 
 

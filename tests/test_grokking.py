@@ -99,7 +99,7 @@ def test_class_profiles_find_a_cyclic_matrix():
     residues = np.arange(7)
     difference = (residues[None, :] - residues[:, None] + 3) % 7 - 3
     kernel = xr.DataArray(np.cos(difference), {"query": residues, "group": residues}, ["query", "group"])
-    profile = class_difference_profile(kernel)
+    profile = class_difference_profile(kernel, range(7))
     np.testing.assert_allclose(profile, np.cos(profile.difference))
     assert same_class_share(xr.ones_like(kernel)) == pytest.approx(1 / 7)
 

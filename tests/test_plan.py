@@ -29,6 +29,8 @@ ASKED = {
     "few examples": {"by": ("query", "example", "layer"), "examples": [0, 3]},
     "an average": {"by": ("query", "example", "step"), "average": explaind.averages.ema(0.5)},
     "float32": {"by": FULL, "dtype": torch.float32},
+    "elements": {"by": ("query", "window", "element"), "windows": 3},
+    "elements of a layer": {"by": ("query", "step", "element"), "layers": ["2"]},
 }
 
 

@@ -54,16 +54,16 @@ def test_windows_and_what_lies_between_hold_every_step():
     assert set(kernels.windows_across(FOUND.spans)) <= set(windows)
 
 
-def test_kernels_are_sorted_by_sum_and_drawn_per_layer_and_window(study, tmp_path):
+def test_kernels_are_sorted_by_answer_and_drawn_per_layer_and_window(study, tmp_path):
     recipe, run, split = study
     whole = decompose.by_example(run, recipe, FEW, FOUND, tmp_path / "kernel.zarr", progress=False)
     whole.check()
     found = kernels.kernel_in_windows(whole.dataset, recipe, FOUND.spans)
     assert dict(found.sizes) == {"query": 6, "example": 20, "window": 4, "layer": 6}
     for axis, tokens in (("query", split.validation_tokens), ("example", split.train_tokens)):
-        sums = found[f"{axis}_sum"].values
-        assert (np.diff(sums) >= 0).all()
-        assert sorted(sums) == sorted((tokens[: len(sums), 0] + tokens[: len(sums), 2]).tolist())
+        answers = found[f"{axis}_class"].values
+        assert (np.diff(answers) >= 0).all()
+        assert sorted(answers) == sorted(((tokens[: len(answers), 0] + tokens[: len(answers), 2]) % 7).tolist())
     direct = run.kernel(
         scores.validation_pairs(recipe, num=6),
         by=("query", "example", "window", "layer"),
@@ -71,7 +71,7 @@ def test_kernels_are_sorted_by_sum_and_drawn_per_layer_and_window(study, tmp_pat
         tolerance=1e-4,
     )
     np.testing.assert_allclose(found.sel(query=direct["query"], example=direct["example"]), direct, atol=1e-6)
-    figure = kernel.kernel_in_windows(found)
+    figure = kernel.kernel_in_windows(found, recipe.task)
     images = [ax.get_images()[0].get_array() for ax in figure.axes if ax.get_images()]
     np.testing.assert_array_equal(images[1], found.isel(layer=0, window=1))
 
@@ -82,24 +82,25 @@ def test_scores_give_balance_similarity_and_their_figures(study, tmp_path):
     balances = data_decay_balance(result.dataset)
     line = balance.balance(balances, PHASES).axes[0].get_lines()[0]
     np.testing.assert_array_equal(line.get_ydata(), balances.isel(layer=0))
-    matrices = scores.sorted_by_sum(window_similarity(result.dataset.contribution), recipe)
-    assert (np.diff(matrices["sum"]) >= 0).all()
-    a, _, b, _ = split.validation_tokens[:6][split.validation_tokens[:6, [0, 2]].sum(dim=1).argmin()].tolist()
-    assert matrices["query"].values[0] == f"{a} + {b}"
+    matrices = scores.sorted_by_answer(window_similarity(result.dataset.contribution), recipe)
+    assert (np.diff(matrices["class"]) >= 0).all()
+    pairs = zip(split.validation_tokens, split.validation_labels.tolist(), strict=True)
+    answers = {recipe.task.text(pair): answer for pair, answer in pairs}
+    assert [answers[name] for name in matrices["query"].values] == matrices["class"].values.tolist()
     np.testing.assert_array_equal(matrices["query"], matrices["other"])
-    drawn = similarity.similarity_in_windows(matrices, most=2)
+    drawn = similarity.similarity_in_windows(matrices, recipe.task, most=2)
     images = [ax.get_images()[0].get_array() for ax in drawn.axes if ax.get_images()]
     np.testing.assert_array_equal(images[1], matrices.isel(window=-1, layer=0))
-    assert len(similarity.similarity(matrices.isel(window=0)).axes) == 7
+    assert len(similarity.similarity(matrices.isel(window=0), recipe.task).axes) == 7
 
 
 def test_embedded_predictions_have_their_class(study, monkeypatch):
-    _, _, split = study
+    recipe, _, split = study
     plane = pd.DataFrame({"query": ["a", "b"], "x": [0.0, 1.0], "y": [0.0, 1.0]})
     monkeypatch.setattr(scores, "embed", lambda term, *, layer, seed: plane)
     points = scores.embedded(None, split, layer="linear2")
     assert points["class"].tolist() == split.validation_labels[:2].tolist()
-    dots = umap.embedding(points, layer="linear2").axes[0].collections[0]
+    dots = umap.embedding(points, recipe.task, layer="linear2").axes[0].collections[0]
     np.testing.assert_array_equal(dots.get_array(), points["class"])
 
 
@@ -135,4 +136,4 @@ def test_influences_and_change_points_are_drawn_over_the_phases(study, tmp_path)
     assert [text.get_text() for text in figure.axes[0].texts] == ["memorisation", "generalisation", "training 0.99"]
     per_phase = measures.phase_kernels(data, FOUND.spans)
     np.testing.assert_allclose(per_phase.sum("phase"), data.contribution.sum(["step", "layer"]), rtol=1e-9)
-    assert len(kernel.kernel_by_class(per_phase).axes) == 6
+    assert len(kernel.kernel_by_class(per_phase, recipe.task).axes) == 6

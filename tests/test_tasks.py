@@ -6,12 +6,15 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
+import xarray as xr
 
 import explaind
 from experiments.grokking import across
 from experiments.grokking.decompose import open_study
+from experiments.grokking.figures import kernel, similarity, umap
 from experiments.grokking.figures.across import layer_shares
 from experiments.grokking.layer_tables import layers_by_phase
+from experiments.grokking.measures import class_difference_profile
 from experiments.grokking.model import layer_groups
 from experiments.grokking.positional import PositionalTransformer
 from experiments.grokking.recipe import Recipe, StopRule
@@ -83,6 +86,75 @@ def test_the_cycle_turns_the_operation_into_a_sum_or_difference_of_places(name):
     a, b = task.operands(tokens)
     assert torch.equal(task.places(a), first)
     assert torch.equal(task.places(b), second)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_pairs_are_sorted_by_the_tasks_own_answer(name):
+    task = make_task(name, 7)
+    tokens, labels = task.pairs()
+    order = task.sort(tokens)
+    answers = list(dict.fromkeys(labels[order].tolist()))
+    assert answers == list(task.cycle)
+    first, _ = task.operands(tokens[order])
+    keys = list(zip(task.places(labels[order]).tolist(), task.places(first).tolist(), strict=True))
+    assert keys == sorted(keys)
+    assert len(set(keys)) == task.num_pairs
+
+
+def test_tasks_are_called_by_their_operation():
+    subtraction, division = make_task("subtraction", 7), make_task("division", 7)
+    assert (subtraction.expression, division.expression) == ("a − b mod 7", "a / b mod 7")
+    assert (subtraction.order, division.order) == ("in ascending order", "in the order 3⁰, 3¹, 3², …")
+    assert subtraction.place_name("residue") == "residue"
+    assert subtraction.difference_name("c", "d") == "c − d mod 7"
+    assert division.place_name("residue") == "log₃(residue)"
+    assert division.difference_name("c", "d") == "log₃(c / d) mod 6"
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_class_profiles_are_over_differences_in_the_tasks_group(name):
+    cycle, n = make_task(name, 7).cycle, len(make_task(name, 7).cycle)
+    values = [[(k - j + n // 2) % n - n // 2 for k in range(n)] for j in range(n)]
+    kernel = xr.DataArray(values, {"query": list(cycle), "group": list(cycle)}, ["query", "group"])
+    profile = class_difference_profile(kernel.sortby(["query", "group"]).T, cycle)
+    assert profile.values.tolist() == profile["difference"].values.tolist() == list(range(-(n // 2), n - n // 2))
+    some = class_difference_profile(kernel[:2, :1], cycle)
+    assert some["difference"].values[some.notnull()].tolist() == [-1, 0]
+
+
+@pytest.mark.parametrize("name", ["subtraction", "multiplication"])
+def test_figures_are_in_the_order_of_the_tasks_group_and_name_its_operation(name):
+    task = make_task(name, 7)
+    classes, pairs = sorted(task.cycle), ["query", "example"]
+    values = torch.arange(len(classes) ** 2, dtype=torch.float64).reshape(1, len(classes), len(classes)).numpy()
+    phases = {"phase": ["memorisation"], "query": classes, "group": classes}
+    by_class = xr.DataArray(values, phases, list(phases), "kernel").assign_coords(
+        first_step=("phase", [0]), last_step=("phase", [9])
+    )
+    figure = kernel.kernel_by_class(by_class, task)
+    heat, profile = figure.axes[:2]
+    assert [label.get_text() for label in heat.get_yticklabels()] == [
+        str(c) for c in ([0, 1, 2, 4, 5, 6] if name == "subtraction" else task.cycle)
+    ]
+    assert (heat.get_ylabel(), heat.get_xlabel()) == (
+        f"validation class: {task.expression}",
+        f"training class: {task.expression}",
+    )
+    assert profile.get_xlabel() == task.difference_name("training class", "validation class")
+    windows = {"layer": ["decoder"], "window": ["start"]}
+    in_windows = xr.DataArray(values[None], windows | {"query": [*"abcdef", "g"][: len(classes)]}, [*windows, *pairs])
+    labels = {f"{axis}_class": (axis, list(task.cycle)) for axis in pairs}
+    labels |= {"first_step": ("window", [0]), "last_step": ("window", [4])}
+    figure = kernel.kernel_in_windows(in_windows.assign_coords(labels), task)
+    assert figure.axes[0].get_xlabel() == f"training, {task.expression}"
+    assert f"{task.expression}, {task.order}" in figure.get_suptitle()
+    matrices = xr.DataArray(values, dims=["layer", "query", "other"]).assign_coords(layer=["decoder"])
+    figure = similarity.similarity(matrices.assign_coords({"class": ("query", list(task.cycle))}), task)
+    assert figure.axes[0].get_ylabel() == task.expression
+    points = pd.DataFrame({"x": 0.0, "y": 0.0, "class": task.cycle})
+    figure = umap.embedding(points, task, layer="linear2")
+    assert figure.axes[0].collections[0].get_array().tolist() == list(range(len(classes)))
+    assert figure.axes[1].get_ylabel() == task.place_name(task.expression)
 
 
 def test_zero_is_no_operand_of_multiplication_and_division():
@@ -226,7 +298,14 @@ def test_the_table_over_tasks_and_seeds(tiny, tmp_path, monkeypatch, capsys):
     page = (tmp_path / "across.md").read_text()
     assert "| division | position-free | 0 | 3 | 8 | 10 | 12 |" in page
     assert "did not grok" in page
-    assert {"layer_shares.png", "layer_shares.svg"} <= {path.name for path in tmp_path.iterdir()}
+    for figure in ("layer_shares", "change_points"):
+        assert {f"{figure}.png", f"{figure}.svg"} <= {path.name for path in tmp_path.iterdir()}
+    stability = pd.read_csv(tmp_path / "change_points-stability.csv")
+    assert stability["task"].tolist() == ["addition", "division"]
+    assert (stability["seeds"] == 1).all()
+    assert "| division | position-free | 1 |" in page.split("## Phases found by a statistic")[1]
+    found = [pd.read_csv(tmp_path / f"{task}-0" / "change_points.csv") for task in ("addition", "division")]
+    assert len(pd.read_csv(tmp_path / "change_points-found.csv")) == sum(map(len, found))
     assert not list(tmp_path.glob("*/run.zarr"))
 
     assert across.main([*arguments[:-1], "--recipe", "quick"]) == 1

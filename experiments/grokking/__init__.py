@@ -1,4 +1,4 @@
-"""Grokking of modular addition: the task, the model and the recipes of the study.
+"""Grokking of modular arithmetic: the task, the model and the recipes of the study.
 
 The experiment depends on :mod:`explaind`, never the reverse.
 """

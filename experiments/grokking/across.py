@@ -1,4 +1,4 @@
-"""The layer story over tasks and seeds: `python -m experiments.grokking.across --recipe quick --seeds 5 --out DIR`."""
+"""Layers and phases over tasks and seeds: `python -m experiments.grokking.across --recipe quick --out DIR`."""
 
 from __future__ import annotations
 
@@ -8,17 +8,23 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import explaind
+from explaind.plots import save_figure
+from explaind.plots.saving import Data
 
 from .decompose import open_study
 from .figures.across import layer_shares
+from .figures.stability import change_points_over_seeds
 from .layer_tables import layers_by_phase, layers_by_step
 from .phases import Phases, find_phases
 from .recipe import Recipe
 from .recipes import RECIPES
+from .stability import BOUNDARIES, POINTS, find_change_points, recurring, verdicts
 from .summary import in_markdown
 from .task import TASKS
 from .training import train
@@ -81,9 +87,7 @@ def follow(recipe: Recipe, directory: Path) -> None:
         steps.to_csv(directory / "steps.csv", index=False)
         named(layers_by_phase(steps, phases), recipe).to_csv(directory / "layers.csv", index=False)
     shutil.rmtree(store)
-    unfinished = directory / "run.partial"
-    named(row, recipe).to_csv(unfinished, index=False)
-    unfinished.rename(directory / "run.csv")
+    write(named(row, recipe), directory / "run.csv")
 
 
 def named(table: pd.DataFrame, recipe: Recipe) -> pd.DataFrame:
@@ -95,7 +99,7 @@ def named(table: pd.DataFrame, recipe: Recipe) -> pd.DataFrame:
 
 def across(
     recipe: str, tasks: Sequence[str], seeds: int, directory: Path, *, progress: bool = True
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Follow every task and seed that has not been followed yet.
 
     Args:
@@ -106,8 +110,8 @@ def across(
         progress: Show a progress bar.
 
     Returns:
-        The runs, one row for each task and seed, and what was done through the layers, one for each task, seed, phase
-        and layer.
+        The runs, one row for each task and seed; what was done through the layers, one for each task, seed, phase and
+        layer; and the change points of the layers' shares, one for each task, seed and change point.
 
     Raises:
         ValueError: a directory holds a run of another recipe.
@@ -125,17 +129,41 @@ def across(
         bar.set_postfix_str(place.name)
         if not (place / "run.csv").is_file():
             follow(chosen, place)
-    runs = [pd.read_csv(place / "run.csv") for place in places]
-    layers = [pd.read_csv(place / "layers.csv") for place in places if (place / "layers.csv").is_file()]
-    return pd.concat(runs, ignore_index=True), pd.concat(layers, ignore_index=True) if layers else pd.DataFrame()
+        if (place / "steps.csv").is_file() and not (place / "change_points.csv").is_file():
+            found = find_change_points(pd.read_csv(place / "steps.csv"))
+            write(named(found, chosen), place / "change_points.csv")
+    points = joined(places, "change_points.csv").reindex(columns=POINTS)
+    return joined(places, "run.csv"), joined(places, "layers.csv"), points
+
+
+def joined(places: Sequence[Path], name: str) -> pd.DataFrame:
+    """The tables of this name of all runs that have one, below each other; without rows if none has any."""
+    tables = [pd.read_csv(place / name) for place in places if (place / name).is_file()]
+    filled = [table for table in tables if len(table)]
+    return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame()
+
+
+def write(table: pd.DataFrame, path: Path) -> None:
+    """Write a table so that it is whole if it is there."""
+    unfinished = path.with_suffix(".partial")
+    table.to_csv(unfinished, index=False)
+    unfinished.rename(path)
+
+
+def save(figure: Figure, path: Path, data: Data | dict[str, Data]) -> None:
+    """Save a figure with its data, and let go of it."""
+    save_figure(figure, path, data=data)
+    plt.close(figure)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Follow what is left, and write `runs.csv`, `layers.csv`, `across.md` and `layer_shares.png` and `.svg`."""
+    """Follow what is left, and write `across.md`, `runs.csv` and `layers.csv`, and the figures with their data."""
     options = parse(arguments)
     directory: Path = options.out
     try:
-        runs, layers = across(options.recipe, options.tasks, options.seeds, directory, progress=not options.quiet)
+        runs, layers, points = across(
+            options.recipe, options.tasks, options.seeds, directory, progress=not options.quiet
+        )
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
@@ -143,12 +171,18 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write("\nstopped; the same command goes on with the run that was interrupted.\n")
         return 130
     runs.to_csv(directory / "runs.csv", index=False)
-    (directory / "across.md").write_text(in_markdown(runs, layers))
     if len(layers):
         layers.to_csv(directory / "layers.csv", index=False)
-        figure = layer_shares(layers)
-        for kind in ("png", "svg"):
-            figure.savefig(directory / f"layer_shares.{kind}", dpi=150)
+        points = recurring(points, runs)
+        stability = verdicts(points, runs)
+        page = in_markdown(runs, layers, points, stability)
+        reached = runs[["task", "architecture", "seed", *BOUNDARIES, "num_steps"]]
+        found: dict[str, Data] = {"found": points, "reached": reached, "stability": stability}
+        save(layer_shares(layers), directory / "layer_shares", layers)
+        save(change_points_over_seeds(points, runs, stability), directory / "change_points", found)
+    else:
+        page = in_markdown(runs, layers)
+    (directory / "across.md").write_text(page)
     sys.stdout.write(f"read {directory / 'across.md'}\n")
     return 0
 
@@ -157,8 +191,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments.grokking.across",
-        description="Train every task with several seeds, find the phases and say through which layers the training "
-        "examples acted in each. Runs that are done already are not run again.",
+        description="Train every task with several seeds, say through which layers the training examples acted in each "
+        "phase, and whether the phases that a statistic finds are the same for all seeds. Runs that are done already "
+        "are not run again.",
     )
     parser.add_argument("--recipe", choices=RECIPES, default="quick", help="what to train (default: quick)")
     parser.add_argument("--tasks", type=names, default=list(TASKS), help=f"with commas (default: {','.join(TASKS)})")

@@ -35,7 +35,7 @@ from .figures import (
 )
 from .frequencies import similarity_profile
 from .results import Results
-from .scores import sorted_by_sum
+from .scores import sorted_by_answer
 
 __all__ = ["GALLERY", "draw_all"]
 
@@ -60,35 +60,36 @@ def _balance(r: Results) -> Drawn:
 
 
 def _kernel(r: Results) -> Drawn:
-    return kernel.kernel_in_windows(r.kernel), r.kernel
+    return kernel.kernel_in_windows(r.kernel, r.study.recipe.task), r.kernel
 
 
 def _kernel_by_class(r: Results) -> Drawn:
-    return kernel.kernel_by_class(r.phase_kernels), r.phase_kernels
+    return kernel.kernel_by_class(r.phase_kernels, r.study.recipe.task), r.phase_kernels
 
 
 def _similarity(r: Results) -> Drawn:
-    matrices = sorted_by_sum(r.similarity, r.study.recipe)
-    return similarity.similarity(matrices), matrices
+    matrices = sorted_by_answer(r.similarity, r.study.recipe)
+    return similarity.similarity(matrices, r.study.recipe.task), matrices
 
 
 def _similarity_in_windows(r: Results) -> Drawn:
-    matrices = sorted_by_sum(r.similarity_in_windows, r.study.recipe)
-    return similarity.similarity_in_windows(matrices), matrices
+    matrices = sorted_by_answer(r.similarity_in_windows, r.study.recipe)
+    return similarity.similarity_in_windows(matrices, r.study.recipe.task), matrices
 
 
 def _embedding(r: Results) -> Drawn:
-    return umap.embedding(r.embedding, layer="linear2"), r.embedding
+    return umap.embedding(r.embedding, r.study.recipe.task, layer="linear2"), r.embedding
 
 
 def _frequency_fit(r: Results) -> Drawn:
-    profile = similarity_profile(r.linear2_similarity, r.study.recipe.task.cycle)
-    figure = frequencies.frequency_fit(r.frequency_fit, profile, r.key_frequencies)
+    task = r.study.recipe.task
+    profile = similarity_profile(r.linear2_similarity, task.cycle)
+    figure = frequencies.frequency_fit(r.frequency_fit, profile, r.key_frequencies, task)
     return figure, {"fit": r.frequency_fit, "profile": profile.reset_index()}
 
 
 def _spectrum(r: Results) -> Drawn:
-    return frequencies.frequency_spectra(r.spectrum, r.key_frequencies), r.spectrum
+    return frequencies.frequency_spectra(r.spectrum, r.key_frequencies, r.study.recipe.task), r.spectrum
 
 
 def _progress(r: Results) -> Drawn:

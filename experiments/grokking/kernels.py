@@ -1,4 +1,4 @@
-"""The path kernel in a few short windows of steps, between pairs sorted by their sum."""
+"""The path kernel in a few short windows of steps, between pairs sorted by their answers."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def partition(phases: Mapping[str, range | slice], *, num_steps: int) -> dict[st
 
 
 def kernel_in_windows(data: xr.Dataset, recipe: Recipe, phases: Mapping[str, range | slice]) -> xr.DataArray:
-    """The kernel per layer group in the windows of `windows_across`, rows and columns sorted by a + b, then by a.
+    """The kernel per layer group in the windows of `windows_across`, rows and columns sorted by the answer, then by a.
 
     Args:
         data: by query, example, window and layer, of the first validation pairs.
@@ -64,16 +64,16 @@ def kernel_in_windows(data: xr.Dataset, recipe: Recipe, phases: Mapping[str, ran
         phases: of its run.
 
     Returns:
-        `[query, example, window, layer]` in nats, with coordinates `query_sum` and `example_sum`.
+        `[query, example, window, layer]` in nats, with the answers as coordinates `query_class` and `example_class`.
     """
     split = recipe.make_split()
-    kernel = data.contribution.sel(window=list(windows_across(phases))).load().rename("kernel")
+    kernel: xr.DataArray = data.contribution.sel(window=list(windows_across(phases))).load().rename("kernel")
     tokens = {
         "query": split.validation_tokens[: kernel.sizes["query"]],
         "example": split.train_tokens[torch.from_numpy(kernel["example"].values.copy())],
     }
     for axis, chosen in tokens.items():
-        a, b = (operand.numpy() for operand in recipe.task.operands(chosen))
-        kernel = kernel.assign_coords({f"{axis}_sum": (axis, a + b), f"{axis}_a": (axis, a)})
-    ordered: xr.DataArray = kernel.sortby(["query_sum", "query_a"]).sortby(["example_sum", "example_a"])
-    return ordered
+        order = recipe.task.sort(chosen)
+        answers = recipe.task.answer(*recipe.task.operands(chosen[order])).numpy()
+        kernel = kernel.isel({axis: order.numpy()}).assign_coords({f"{axis}_class": (axis, answers)})
+    return kernel

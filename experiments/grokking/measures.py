@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -64,17 +64,20 @@ def certificate_by_step(data: xr.Dataset) -> pd.DataFrame:
     return xr.Dataset({"explained": explained, "unexplained": unexplained}).to_dataframe()
 
 
-def class_difference_profile(kernel: xr.DataArray) -> xr.DataArray:
-    """Mean of a class × class matrix along its cyclic diagonals, `[difference]`, zero in the middle.
+def class_difference_profile(kernel: xr.DataArray, cycle: Sequence[int]) -> xr.DataArray:
+    """Mean of a class × class matrix by place of the group − place of the query, `[difference]`, zero in the middle.
 
     Args:
-        kernel: `[query, group]`, labelled by residues.
+        kernel: `[query, group]`, labelled by classes; NaN at differences that none of them have.
+        cycle: the classes in cyclic order; a difference is one of places in it.
     """
-    modulus = int(max(kernel["query"].max(), kernel["group"].max())) + 1
-    half = modulus // 2
-    difference = (kernel["group"].values[None, :] - kernel["query"].values[:, None] + half) % modulus - half
-    values = [float(kernel.values[difference == d].mean()) for d in range(-half, modulus - half)]
-    return xr.DataArray(values, {"difference": range(-half, modulus - half)}, ["difference"])
+    n, place = len(cycle), {label: k for k, label in enumerate(cycle)}
+    half = n // 2
+    rows, columns = (np.array([place[label] for label in kernel[axis].values.tolist()]) for axis in ("query", "group"))
+    difference = (columns[None, :] - rows[:, None] + half) % n - half
+    entries = pd.Series(kernel.transpose("query", "group").values.ravel())
+    means = entries.groupby(difference.ravel()).mean().reindex(range(-half, n - half))
+    return xr.DataArray(means.to_numpy(), {"difference": means.index.to_numpy()}, ["difference"])
 
 
 def same_class_share(kernel: xr.DataArray) -> float:

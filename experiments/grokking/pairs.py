@@ -122,6 +122,32 @@ class ModularTask(ABC):
         places[torch.tensor(self.cycle)] = torch.arange(len(self.cycle))
         return places[operands]
 
+    @property
+    def expression(self) -> str:
+        """What an example asks for, such as ``"a + b mod 7"``."""
+        return f"a {self.symbol} b mod {self.modulus}"
+
+    @property
+    def order(self) -> str:
+        """The order of :attr:`cycle` in words."""
+        return "in ascending order"
+
+    def place_name(self, residue: str) -> str:
+        """What to call the place in :attr:`cycle` of something that is called ``residue``."""
+        return residue
+
+    def difference_name(self, one: str, other: str) -> str:
+        """What to call the difference between the places of two residues."""
+        return f"{one} − {other} mod {self.modulus}"
+
+    def sort(self, tokens: Tensor) -> Tensor:
+        """Return which examples ``[example]`` come one after the other if sorted by answer, then by ``a``.
+
+        Both are in the order of :attr:`cycle`, in which answers that are neighbours in the group are neighbours.
+        """
+        a, b = self.operands(tokens)
+        return (self.places(self.answer(a, b)) * self.modulus + self.places(a)).argsort()
+
     def operands(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``a`` and ``b`` of tokens ``[…, position]``."""
         return tokens[..., 0], tokens[..., -2] - self._second_offset

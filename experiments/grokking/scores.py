@@ -12,11 +12,11 @@ from explaind.analysis.embedding import embed
 from .recipe import Recipe
 from .task import Split
 
-__all__ = ["by_answer", "embedded", "sorted_by_sum", "validation_pairs"]
+__all__ = ["by_answer", "embedded", "sorted_by_answer", "validation_pairs"]
 
 
 def validation_pairs(recipe: Recipe, *, num: int) -> explaind.Query:
-    """Log-probability of the right answer of the first validation pairs, each called as in "a + b"."""
+    """Log-probability of the right answer of the first validation pairs, each called as in "3 + 4"."""
     split = recipe.make_split()
     tokens, labels = split.validation_tokens[:num], split.validation_labels[:num]
     names = tuple(recipe.task.text(pair) for pair in tokens)
@@ -35,20 +35,19 @@ def by_answer(matrices: xr.DataArray, recipe: Recipe) -> xr.DataArray:
     return others.assign_coords(query=labels, other=labels)
 
 
-def sorted_by_sum(matrices: xr.DataArray, recipe: Recipe) -> xr.DataArray:
-    """Similarities of the first validation pairs, sorted by a + b and then by a along both axes.
+def sorted_by_answer(matrices: xr.DataArray, recipe: Recipe) -> xr.DataArray:
+    """Similarities of the first validation pairs, sorted along both axes by `ModularTask.sort`: by answer, then by a.
 
     Args:
         matrices: `[…, query, other]`, in the order of the split.
         recipe: that was trained.
 
     Returns:
-        The same with the coordinate `sum`, a + b, along `query`.
+        The same with the answers as the coordinate `class` along `query`.
     """
-    a, b = recipe.task.operands(recipe.make_split().validation_tokens[: matrices.sizes["query"]])
-    pairs = list(zip(a.tolist(), b.tolist(), strict=True))
-    order = sorted(range(len(pairs)), key=lambda place: (sum(pairs[place]), pairs[place]))
-    labelled = matrices.assign_coords(sum=("query", [a + b for a, b in pairs]))
+    split, num = recipe.make_split(), matrices.sizes["query"]
+    order = recipe.task.sort(split.validation_tokens[:num]).numpy()
+    labelled = matrices.assign_coords({"class": ("query", split.validation_labels[:num].numpy())})
     return labelled.isel(query=order, other=order)
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import pandas as pd
 
+from .stability import BOUNDARIES, LEVEL, points_of
+
 __all__ = ["in_markdown"]
 
 RUN_COLUMNS = {
@@ -17,12 +19,16 @@ RUN_COLUMNS = {
 }
 
 
-def in_markdown(runs: pd.DataFrame, layers: pd.DataFrame) -> str:
-    """The runs and the layers' shares in each phase, as tables.
+def in_markdown(
+    runs: pd.DataFrame, layers: pd.DataFrame, points: pd.DataFrame | None = None, stability: pd.DataFrame | None = None
+) -> str:
+    """The runs, the layers' shares in each phase and the phases that a statistic finds, as tables.
 
     Args:
         runs: One row for each task and seed, as `across` returns them.
         layers: One row for each task, seed, phase and layer; may be empty if no run grokked.
+        points: Change points of the runs, from `stability.recurring`.
+        stability: One row for each task, from `stability.verdicts`.
 
     Returns:
         Markdown.
@@ -59,7 +65,71 @@ def in_markdown(runs: pd.DataFrame, layers: pd.DataFrame) -> str:
             "",
             *_table(["task", "architecture", "phase", "seeds", *names, "decay / data"], rows),
         ]
+    if points is not None and stability is not None:
+        lines += _found(runs, points, stability)
     return "\n".join([*lines, ""])
+
+
+def _found(runs: pd.DataFrame, points: pd.DataFrame, stability: pd.DataFrame) -> list[str]:
+    """Change points of every run beside the accuracies, and whether they are stable over seeds."""
+    judged = [
+        [
+            str(row["task"]),
+            str(row["architecture"]),
+            str(row["seeds"]),
+            "–".join(dict.fromkeys((str(row["fewest"]), str(row["most"])))),
+            f"{row['recurring']} of {row['points']}",
+            *("–" if pd.isna(row[name]) else f"{row[name]:.3f}" for name in ("recurrence", "by_chance", "p_value")),
+            *(f"{row[f'holds_{name}']} of {row['seeds']}" for name in BOUNDARIES),
+            f"**{row['verdict']}**",
+        ]
+        for row in stability.to_dict(orient="records")
+    ]
+    found = []
+    for run in runs.dropna(subset=["generalised"]).to_dict(orient="records"):
+        own = points_of(points, {str(name): value for name, value in run.items()})
+        texts = [f"{p['step']} ({p['low']}–{p['high']}; {p['time']:.2f})" for p in own.to_dict(orient="records")]
+        steps = [str(int(run[name])) for name in BOUNDARIES]
+        found.append([str(run["task"]), str(run["architecture"]), str(run["seed"]), *steps, ", ".join(texts) or "none"])
+    return [
+        "",
+        "## Phases found by a statistic",
+        "",
+        "Change points of the layers' shares, beside the steps at which accuracies were reached. Runs are compared "
+        "on a clock of their own accuracies, which reads 1 when the training set is memorised, 2 when half of the "
+        "validation pairs are known and 3 at the end. Phases are stable if every change point recurs in all other runs "
+        "of the task, and if intervals as wide, each at a random step of its run, meet as often in at most "
+        f"{LEVEL:.0%} of the draws (p).",
+        "",
+        *_table(
+            [
+                "task",
+                "architecture",
+                "seeds",
+                "change points of a run",
+                "that recur in all other runs",
+                "mean recurrence",
+                "by chance",
+                "p",
+                *(f"an interval holds {name}" for name in ("memorised", "half generalised", "generalised")),
+                "phases",
+            ],
+            judged,
+        ),
+        "",
+        "Each change point with its 95 % interval and its time on the clock:",
+        "",
+        *_table(
+            [
+                "task",
+                "architecture",
+                "seed",
+                *(RUN_COLUMNS[name] for name in BOUNDARIES),
+                "change points",
+            ],
+            found,
+        ),
+    ]
 
 
 def _run(row: Mapping[Any, Any]) -> list[str]:

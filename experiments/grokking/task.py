@@ -59,6 +59,9 @@ class ModularSubtraction(ModularTask):
         return (a - b) % self.modulus
 
 
+_SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
+
+
 class _WithoutZero(ModularTask):
     """An operation of the multiplicative group.
 
@@ -77,6 +80,24 @@ class _WithoutZero(ModularTask):
         root = primitive_root(self.modulus)
         return tuple(pow(root, power, self.modulus) for power in range(self.modulus - 1))
 
+    @property
+    def order(self) -> str:
+        """The order of :attr:`cycle` in words."""
+        root = primitive_root(self.modulus)
+        return f"in the order {root}⁰, {root}¹, {root}², …"
+
+    def place_name(self, residue: str) -> str:
+        """What to call the discrete logarithm of something that is called ``residue``."""
+        return f"{self._log}({residue})"
+
+    def difference_name(self, one: str, other: str) -> str:
+        """What to call the difference of two discrete logarithms: the logarithm of the ratio."""
+        return f"{self._log}({one} / {other}) mod {self.modulus - 1}"
+
+    @property
+    def _log(self) -> str:
+        return "log" + str(primitive_root(self.modulus)).translate(_SUBSCRIPTS)
+
 
 class ModularMultiplication(_WithoutZero):
     """The task ``a · b`` without zero.
@@ -86,6 +107,8 @@ class ModularMultiplication(_WithoutZero):
         >>> tokens, labels = task.pairs()
         >>> task.num_pairs, tokens[-1].tolist(), labels[-1].item(), task.cycle
         (10, [4, 5, 4, 6], 1, (1, 2, 4, 3))
+        >>> task.expression, task.order, task.difference_name("c", "c'")
+        ('a · b mod 5', 'in the order 2⁰, 2¹, 2², …', "log₂(c / c') mod 4")
     """
 
     symbol, commutes = "·", True

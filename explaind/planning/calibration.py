@@ -101,4 +101,5 @@ def _result_bytes(request: Request, steps: int) -> int:
     updates = len(labels["update_step"]) if "update_step" in labels else steps
     entries = sum(math.prod(sizes.values()) for sizes in term_sizes(labels).values())
     entries += queries * (2 * updates + 4) + (0 if "update_step" in labels else updates)
-    return 8 * entries + sum(np.asarray(values).nbytes for values in labels.values())
+    beside = [values for _, values in request.beside.values()]
+    return 8 * entries + sum(np.asarray(values).nbytes for values in [*labels.values(), *beside])

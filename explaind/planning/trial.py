@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from explaind.path.elements import split_by_element
 from explaind.path.factored import FactorProducts
 from explaind.path.factors import strategy
 from explaind.path.forward import ForwardSweep
@@ -130,7 +131,10 @@ class Trial:
         if self._trusts:
             step.trust()
         if self._known:
-            terms = self._sweep(index).terms(step, adjoint)
+            sweep = self._sweep(index)
+            terms = sweep.terms(step, adjoint)
+            if self._request.elements is not None and isinstance(sweep, ReverseSweep):
+                terms = split_by_element(terms, step, adjoint, sweep.psi, self._request.elements)
             by_factors = isinstance(self._products, FactorProducts) and self._request.steps_axis != "update_step"
             self._trusts = by_factors and not self._request.sources.restricted and step.is_the_examples
             self._run.examples_alone = dict(self._known_steps)  # each of them is replayed as if for the first time

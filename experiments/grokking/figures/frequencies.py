@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from explaind.plots.style import LOWERED, RAISED, line_styles
 
+from ..task import ModularTask
 from .layout import Phases, over_steps
 
 __all__ = ["frequency_fit", "frequency_spectra", "progress_curves"]
@@ -18,13 +19,14 @@ __all__ = ["frequency_fit", "frequency_spectra", "progress_curves"]
 _PLAIN, _KEY = "#9a9a9a", LOWERED
 
 
-def frequency_fit(fit: pd.DataFrame, profile: pd.Series[float], key: Sequence[int]) -> Figure:
+def frequency_fit(fit: pd.DataFrame, profile: pd.Series[float], key: Sequence[int], task: ModularTask) -> Figure:
     """Lasso weights of the similarity's cosines, with the network's key frequencies marked, and the similarity itself.
 
     Args:
         fit: `weight` by `frequency`.
         profile: Mean similarity by `difference` of classes.
         key: The network's key frequencies.
+        task: That it was trained for.
     """
     figure, (bars, line) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", width_ratios=(3, 2))
     _mark(bars, fit["frequency"], fit["weight"], key)
@@ -32,18 +34,19 @@ def frequency_fit(fit: pd.DataFrame, profile: pd.Series[float], key: Sequence[in
     bars.set_ylabel("Lasso weight of cos(2π f d / n)")
     bars.set_title("Frequencies in the similarity of predictions")
     line.plot(profile.index, profile, "o-", color=RAISED, markersize=3)
-    line.set_xlabel("difference d of the classes")
+    line.set_xlabel(f"d = {task.difference_name('class', 'other class')}")
     line.set_ylabel("mean cosine of parameter scores")
-    line.set_title("Similarity by difference")
+    line.set_title(f"Similarity between answers {task.expression}")
     return figure
 
 
-def frequency_spectra(shares: pd.DataFrame, key: Sequence[int]) -> Figure:
+def frequency_spectra(shares: pd.DataFrame, key: Sequence[int], task: ModularTask) -> Figure:
     """Which frequencies the network computes with: one row of bars each for embedding, neurons and logits.
 
     Args:
         shares: `share` by `of` and `frequency`, of one network.
         key: Its key frequencies.
+        task: That it was trained for.
     """
     parts = list(shares.groupby("of", sort=False))
     figure, grid = plt.subplots(len(parts), 1, figsize=(8, 2.2 * len(parts)), sharex=True, layout="constrained")
@@ -52,7 +55,7 @@ def frequency_spectra(shares: pd.DataFrame, key: Sequence[int]) -> Figure:
         axes.set_ylabel("share of variance")
         axes.set_title(f"{name}: {part['share'].sum():.0%} in single frequencies", fontsize="medium")
         axes.set_xlabel("")
-    grid[-1].set_xlabel("frequency f")
+    grid[-1].set_xlabel(f"frequency f of waves cos(2π f k / {len(task.cycle)}), k = {task.place_name('residue')}")
     return figure
 
 
