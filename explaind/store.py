@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import stat
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,8 @@ _READABLE_VERSIONS = (1, 2, 3)
 _LAST_WITHOUT_CHECKSUMS = 2
 
 _CACHE_BYTES = 256 << 20
+_READ_AT_ONCE = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+"""Opening a pipe would else wait for somebody who writes to it."""
 _MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _SENSELESS = (
     ArithmeticError,
@@ -331,8 +334,11 @@ def _metadata_or_damage(path: Place, sealed: bool, name: str) -> ArrayMetadata |
 
 
 def _size_and_header(file: Path) -> tuple[int, bytes]:
-    with file.open("rb") as opened:  # once: a writer may replace it
-        return os.fstat(opened.fileno()).st_size, opened.read(CHUNK_HEADER)
+    with open(os.open(file, _READ_AT_ONCE), "rb") as opened:  # once: a writer may replace it
+        status = os.fstat(opened.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{file.name} is no ordinary file")
+        return status.st_size, opened.read(CHUNK_HEADER)
 
 
 def _directory(path: Place) -> tuple[int, int] | None:

@@ -1,6 +1,7 @@
 """Damage to a store is found and named."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -63,7 +64,14 @@ def empty(file):
     file.write_bytes(b"")
 
 
+def pipe(file):
+    """Whoever opens it waits for somebody who writes."""
+    file.unlink()
+    os.mkfifo(file)
+
+
 DAMAGE = {
+    pipe: "a chunk is damaged",
     flip: "a chunk is damaged",
     truncate: "a chunk is damaged",
     empty: "a chunk is damaged",
