@@ -148,8 +148,8 @@ class Attribution:
         axis = self._example_axis()
         (summed,) = sums(self.dataset.contribution, ("query", axis), np.positive)
         frames = []
-        for query in self.dataset.indexes["query"] if "query" in summed.dims else [None]:
-            scores = (summed if query is None else summed.sel(query=query)).to_series().sort_values()
+        for place, query in enumerate(self.dataset.indexes["query"] if "query" in summed.dims else [None]):
+            scores = (summed if query is None else summed.isel(query=place)).to_series().sort_values()
             ends = {"raised": scores[scores > 0].iloc[::-1][:num], "lowered": scores[scores < 0][:num]}
             for direction, best in ends.items():
                 frame = best.rename("contribution").rename_axis(axis).reset_index()

@@ -334,7 +334,7 @@ def _metadata_or_damage(path: Place, sealed: bool, name: str) -> ArrayMetadata |
 
 
 def _size_and_header(file: Path) -> tuple[int, bytes]:
-    with open(os.open(file, _READ_AT_ONCE), "rb") as opened:  # once: a writer may replace it
+    with os.fdopen(os.open(file, _READ_AT_ONCE), "rb") as opened:  # once: a writer may replace it
         status = os.fstat(opened.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ValueError(f"{file.name} is no ordinary file")

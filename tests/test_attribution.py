@@ -156,6 +156,11 @@ def test_top_names_the_largest_of_each_sign(full):
     assert top[top["direction"] == "lowered"]["contribution"].lt(0).all()
 
 
+def test_queries_of_one_name_each_have_their_top(full):
+    renamed = explaind.Attribution(full.dataset.assign_coords(query=["one", "two", "two"]))
+    assert renamed.top(2).drop(columns="query").equals(full.top(2).drop(columns="query"))
+
+
 def test_a_saved_result_opens_as_it_was(full, tmp_path):
     full.save(tmp_path / "result.zarr")
     again = explaind.Attribution.open(tmp_path / "result.zarr")
