@@ -45,7 +45,7 @@ _SHORT_SEGMENT = 8
 class Factors(Protocol):
     """The gradients of all rows by one use of a parameter."""
 
-    def take(self, rows: Tensor | slice) -> Self:
+    def take(self, rows: Tensor) -> Self:
         """Those of some rows, `[row]`."""
         ...
 
@@ -108,21 +108,21 @@ def add_combined(total: Tensor, parts: Sequence[tuple[Factors, Tensor, Tensor, T
         query, weights = torch.cat([query for _, query, _ in group]), torch.cat([weights for *_, weights in group])
         members = group[0][0].joined([members for members, _, _ in group[1:]])
         order, counts = query.argsort(stable=True), torch.bincount(query, minlength=len(total))
-        members, weights, ends = members.take(order), weights[order], counts.cumsum(0)
-        if len(counts.unique()) == 1:
-            each = members.scaled(weights).merged(len(order) // len(total))
-            total += each.gradients().reshape(len(total), -1)
-            continue
-        for place, (end, count) in enumerate(zip(ends.tolist(), counts.tolist(), strict=True)):
-            if count:
-                rows = slice(end - count, end)
-                total[place] += members.take(rows).combined(weights[rows]).flatten()
+        first = counts.cumsum(0) - counts
+        for count in counts[counts > 0].unique().tolist():
+            chosen = (counts == count).nonzero()[:, 0]
+            rows = order[first[chosen, None] + torch.arange(count, device=order.device)].flatten()
+            sums = members.take(rows).scaled(weights[rows]).merged(count).gradients().reshape(len(chosen), -1)
+            if len(chosen) == len(total):
+                total += sums
+            else:
+                total[chosen] += sums
 
 
 class Rows:
     """What all dataclasses of tensors `[row, …]` share."""
 
-    def take(self, rows: Tensor | slice) -> Self:
+    def take(self, rows: Tensor) -> Self:
         """See `Factors.take`."""
         return self._with({name: tensor[rows] for name, tensor in self._tensors.items()})
 
