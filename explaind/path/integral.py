@@ -160,9 +160,9 @@ class _Integration:
         candidates = [Candidate.alone(whole)]
         while candidates:
             inaccurate, again = self._judge(candidates)
-            waiting, divided = self._next(inaccurate)
-            candidates = [Candidate.alone(estimate) for estimate in waiting + self._estimates(again)]
             counts = self._counts(inaccurate)
+            waiting, divided = self._next(self._affordable(inaccurate, counts))
+            candidates = [Candidate.alone(estimate) for estimate in waiting + self._estimates(again)]
             candidates += self._divided(
                 Division(estimate.of(chosen), count)
                 for estimate in divided
@@ -253,7 +253,7 @@ class _Integration:
         estimate = candidate.whole
         if candidate.parts:
             return torch.zeros_like(estimate.which, dtype=torch.bool)
-        final = (self._spent[estimate.which] >= _MOST_NODES) | (self._most(estimate) < 2)
+        final = torch.full_like(estimate.which, self._most(estimate) < 2, dtype=torch.bool)
         return final | (candidate.error <= self._noise(estimate)) if estimate.exact else final
 
     def _noisy(self, candidate: Candidate) -> Tensor:
@@ -283,6 +283,23 @@ class _Integration:
         excess = (errors / self._left.clamp_min(torch.finfo(errors.dtype).tiny)).log2()
         reached = torch.tensor([math.log2(_EXTRAPOLATION) + self._order * math.log2(count) for count in PARTS[:-1]])
         return torch.tensor(PARTS, device=errors.device)[torch.bucketize(excess, reached.to(excess))]
+
+    def _affordable(self, inaccurate: list[Estimate], counts: Tensor) -> list[Estimate]:
+        """Those that there are nodes for, the worst of each query first; the others are kept as they are."""
+        errors = torch.full((len(counts), len(inaccurate)), -1.0, dtype=torch.float64, device=counts.device)
+        for place, estimate in enumerate(inaccurate):
+            errors[estimate.which, place] = estimate.error.abs()
+        most = (_MOST_NODES - self._spent).clamp_min(0) // (counts * len(self._rule.nodes))
+        if bool(((errors >= 0).sum(dim=1) <= most).all()):
+            return inaccurate
+        rank, affordable = errors.argsort(dim=1, descending=True).argsort(dim=1), []
+        for place, estimate in enumerate(inaccurate):
+            worst = rank[estimate.which, place] < most[estimate.which]
+            if worst.any():
+                affordable.append(estimate.of(worst))
+            if not worst.all():
+                self._keep(estimate.of(~worst), 1.0)
+        return affordable
 
     def _divided(self, divisions: Iterable[Division]) -> list[Candidate]:
         """Estimate the parts of sub-intervals."""
