@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -193,9 +193,7 @@ class _Integration:
             entries, first = torch.arange(len(which), device=which.device), 0
             for place in places:
                 own, each = slice(first, first + len(wanted[place].which)), wanted[place]
-                found[place] = Estimate(
-                    ends, each.which, each.before, each.after, part, entries[own], products[own], exact
-                )
+                found[place] = Estimate(**vars(each), part=part, entries=entries[own], products=products[own])
                 first = own.stop
         return [found[place] for place in range(len(wanted))]
 
@@ -218,7 +216,7 @@ class _Integration:
         for candidate in self._rejected(candidates):
             noisy = self._noisy(candidate)
             if noisy.any():
-                again.append(replace(candidate.whole.of(noisy).wanted, exact=True))
+                again.append(candidate.whole.of(noisy).exactly())
             if not noisy.all():
                 left = candidate.of(~noisy)
                 single += [Candidate.alone(part) for part in left.parts or [left.whole]]

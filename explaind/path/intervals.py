@@ -31,8 +31,8 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """The rule's estimate over a sub-interval, for some queries."""
+class Wanted:
+    """A sub-interval that is to be estimated for some queries."""
 
     ends: tuple[float, float]
     which: Tensor
@@ -41,45 +41,39 @@ class Estimate:
     """q at the left end, `[query]`."""
     after: Tensor
     """q at the right end, `[query]`."""
-    part: Part
-    """The gradients of these and perhaps of other queries."""
-    entries: Tensor
-    """Places of the queries among those of the gradients, `[query]`."""
-    products: Tensor
-    """`[query, parameter]`"""
     exact: bool
-    """Whether it was computed in float64."""
+    """Whether in float64."""
 
     @property
     def length(self) -> float:
         """Of the sub-interval, as a part of the segment."""
         return self.ends[1] - self.ends[0]
 
+
+@dataclass(frozen=True)
+class Estimate(Wanted):
+    """The rule's estimate over a sub-interval, for some queries."""
+
+    part: Part
+    """The gradients of these and perhaps of other queries."""
+    entries: Tensor
+    """Places of the queries among those of the gradients, `[query]`."""
+    products: Tensor
+    """`[query, parameter]`"""
+
     @property
     def error(self) -> Tensor:
         """What it misses of the change of q, `[query]`."""
         return self.after - self.before - self.products.sum(dim=1)
 
-    def of(self, chosen: Tensor | slice) -> Estimate:
-        """That of some of its queries, by a mask `[query]` or a slice."""
+    def of(self, chosen: Tensor) -> Estimate:
+        """That of some of its queries, by a mask `[query]`."""
         fields = ("which", "before", "after", "entries", "products")
         return replace(self, **{name: getattr(self, name)[chosen] for name in fields})
 
-    @property
-    def wanted(self) -> Wanted:
-        """What it is an estimate of."""
-        return Wanted(self.ends, self.which, self.before, self.after, self.exact)
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """A sub-interval to be estimated for some queries; fields as of an estimate."""
-
-    ends: tuple[float, float]
-    which: Tensor
-    before: Tensor
-    after: Tensor
-    exact: bool
+    def exactly(self) -> Wanted:
+        """The same, to be estimated in float64."""
+        return Wanted(self.ends, self.which, self.before, self.after, exact=True)
 
 
 @dataclass(frozen=True)
