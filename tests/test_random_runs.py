@@ -22,7 +22,7 @@ from tests.cases import data
 from tests.random_models import MODELS
 
 FEATURES, LABELS = data().tensors
-NUM_DRAWS = int(os.environ.get("EXPLAIND_DRAWS", "150"))
+NUM_DRAWS = int(os.environ.get("EXPLAIND_DRAWS", "500"))
 drawn = settings(max_examples=NUM_DRAWS, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 
 
