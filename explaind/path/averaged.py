@@ -11,6 +11,7 @@ With φ_s the average of ∇q over that segment, swapping the sums gives each up
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from math import isqrt
 from typing import Protocol
 
@@ -19,14 +20,35 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from explaind.averages import Average
+from explaind.path.slices import dot
 from explaind.path.step import Step
 from explaind.recording.fixed import fixed_tensors
 from explaind.run import Run
 
-__all__ = ["AveragedWeights", "ExplainedPath", "LastWeights", "explained_path"]
+__all__ = ["Adjoint", "AveragedWeights", "ExplainedPath", "LastWeights", "explained_path"]
 
 _LARGEST_ROUNDING = 1e-3
 """A model that differs from its average by more than this part of the weights was averaged otherwise."""
+
+
+@dataclass(frozen=True)
+class Adjoint:
+    """λ_s of some queries."""
+
+    vectors: Tensor
+    """`[query, element]`"""
+    products: Tensor
+    """⟨λ_s, Δ_s⟩ by parameter, float64 `[query, parameter]`."""
+
+    @classmethod
+    def of(cls, vectors: Tensor, step: Step) -> Adjoint:
+        """With its products."""
+        return cls(vectors, dot(vectors, step.update, [[parameter.slice] for parameter in step.table]))
+
+    @property
+    def change(self) -> Tensor:
+        """⟨λ_s, Δ_s⟩, `[query]`."""
+        return self.products.sum(dim=1)
 
 
 class ExplainedPath(Protocol):

@@ -53,6 +53,10 @@ class Factors(Protocol):
         """g_k, `[row, *shape]`."""
         ...
 
+    def add_to(self, total: Tensor, counts: Tensor) -> None:
+        """Add sums of as many consecutive rows as `counts [query]` says to `total [query, element]`, in place."""
+        ...
+
     def combined(self, weights: Tensor) -> Tensor:
         """Σ_k w_k g_k for weights `[row]`, `[*shape]`."""
         ...
@@ -107,16 +111,8 @@ def add_combined(total: Tensor, parts: Sequence[tuple[Factors, Tensor, Tensor, T
     for group in alike.values():
         query, weights = torch.cat([query for _, query, _ in group]), torch.cat([weights for *_, weights in group])
         members = group[0][0].joined([members for members, _, _ in group[1:]])
-        order, counts = query.argsort(stable=True), torch.bincount(query, minlength=len(total))
-        first = counts.cumsum(0) - counts
-        for count in counts[counts > 0].unique().tolist():
-            chosen = (counts == count).nonzero()[:, 0]
-            rows = order[first[chosen, None] + torch.arange(count, device=order.device)].flatten()
-            sums = members.take(rows).scaled(weights[rows]).merged(count).gradients().reshape(len(chosen), -1)
-            if len(chosen) == len(total):
-                total += sums
-            else:
-                total[chosen] += sums
+        order = query.argsort(stable=True)
+        members.take(order).scaled(weights[order]).add_to(total, torch.bincount(query, minlength=len(total)))
 
 
 class Rows:
@@ -131,6 +127,18 @@ class Rows:
         if not others:
             return self
         return self._with({n: torch.cat([t, *(getattr(o, n) for o in others)]) for n, t in self._tensors.items()})
+
+    def add_to(self: Factors, total: Tensor, counts: Tensor) -> None:
+        """See `Factors.add_to`."""
+        first = counts.cumsum(0) - counts
+        for count in counts[counts > 0].unique().tolist():
+            chosen = (counts == count).nonzero()[:, 0]
+            rows = first[chosen, None] + torch.arange(count, device=counts.device)
+            sums = self.take(rows.flatten()).merged(count).gradients().reshape(len(chosen), -1)
+            if len(chosen) == len(total):
+                total += sums
+            else:
+                total[chosen] += sums
 
     @property
     def kind(self) -> Any:
@@ -211,6 +219,16 @@ class Outer(Rows):
     def gradients(self) -> Tensor:
         """See `Factors.gradients`."""
         return self.left.transpose(1, 2) @ self.right
+
+    def add_to(self, total: Tensor, counts: Tensor) -> None:
+        """See `Factors.add_to`."""
+        if total.dtype != self.left.dtype:  # the sums are to be rounded, not their terms
+            super().add_to(total, counts)
+            return
+        matrices = total.unflatten(1, (self.left.shape[2], self.right.shape[2]))
+        sides = (side.split(counts.tolist()) for side in (self.left, self.right))
+        for matrix, left, right in zip(matrices, *sides, strict=True):
+            matrix.addmm_(left.flatten(end_dim=1).T, right.flatten(end_dim=1))
 
     def combined(self, weights: Tensor) -> Tensor:
         """See `Factors.combined`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -105,7 +105,7 @@ class QueryInputs:
         return scalars
 
     def gradients(
-        self, wanted: Mapping[str, Tensor], others: Mapping[str, Tensor], rows: Tensor, ends: Sequence[Tensor]
+        self, wanted: Mapping[str, Tensor], others: Mapping[str, Tensor], rows: Tensor, ends: Iterable[Tensor]
     ) -> dict[str, Tensor]:
         """Gradients of some inputs' scalars, each evaluated on its own, by vmap.
 

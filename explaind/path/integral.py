@@ -114,6 +114,7 @@ def integrate(
     change: tuple[Tensor, Tensor],
     tolerance: Tensor,
     quadrature: Quadrature,
+    out: Tensor | None = None,
 ) -> StepIntegral:
     """Average the query gradients over the segment from `start` to `start + update`.
 
@@ -124,15 +125,23 @@ def integrate(
         change: q at both ends of the segment, float64 `[query]` each.
         tolerance: largest |residual| wanted for each query, `[query]`; fixed rules do not look at it.
         quadrature: the rule.
+        out: where the gradient is put, `[query, element]`; by default in memory of its own.
     """
-    return _Integration(function, start, update, tolerance, quadrature).over(change)
+    phi = None if out is None else out.zero_()
+    return _Integration(function, start, update, tolerance, quadrature, phi).over(change)
 
 
 class _Integration:
     """Estimates a step, and divides the sub-intervals of those queries whose error is too large."""
 
     def __init__(
-        self, function: PathFunction, start: Tensor, update: Tensor, tolerance: Tensor, quadrature: Quadrature
+        self,
+        function: PathFunction,
+        start: Tensor,
+        update: Tensor,
+        tolerance: Tensor,
+        quadrature: Quadrature,
+        phi: Tensor | None,
     ) -> None:
         self._function, self._start, self._update, self._tolerance = function, start, update, tolerance
         if isinstance(quadrature, FixedRule):
@@ -148,7 +157,7 @@ class _Integration:
         self._left = tolerance.to(torch.float64, copy=True)
         """Of the tolerance, that what is kept does not take, `[query]`."""
         self._products: Tensor | None = None
-        self._phi: Tensor | None = None
+        self._phi = phi
         self._parts = dict[int, Part]()
         """By identity, so that one that counts for several reasons is there once."""
 

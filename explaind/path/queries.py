@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -171,7 +171,6 @@ class QueryFunction:
         dtype = torch.float64 if exact else self._dtype
         left, length = ends[0], ends[1] - ends[0]
         average = kinks and self.kinked
-        points = [(start + end * update).to(dtype) for end in ends] if average else []
         result = QueryAverages(self._run.table, len(which))
         for queries, blocks in self._together(which):
             sums = dict[str, Tensor]()
@@ -184,6 +183,7 @@ class QueryFunction:
                 for node, weight in zip(rule.nodes, rule.weights, strict=True):
                     params = (start + (left + length * node) * update).to(dtype)
                     if self.separate and len(queries) > 1:
+                        points = ((start + end * update).to(dtype) for end in ends if average)  # only if looked at
                         self._add_rows(result, params, rows, weight * weights, seen, points)
                     else:
                         self._add_sums(sums, params, rows, weight * weights[queries], seen)
@@ -270,7 +270,7 @@ class QueryFunction:
         rows: Tensor,
         weights: Tensor,
         seen: Sequence[Kinks],
-        ends: Sequence[Tensor],
+        ends: Iterable[Tensor],
     ) -> None:
         """Add the inputs' gradients at θ to a result, with their weights `[query, row]`."""
         leaves, scalars = self._differentiable(params, rows, seen)

@@ -7,8 +7,9 @@ with φ'_s = leftᵀ · φ_s · rightᵀ, which is φ_s but for optimizers with 
 Memory is queries × D, whatever the number of examples and steps. With m_s the momentum buffer, the terms of a step sum
 to
     ⟨φ_s, Δ_s⟩ + ⟨C_s, m_{s−1}⟩ − ⟨C_{s+1}, m_s⟩,
-whose last two parts cancel between the steps. That sum is taken in float64, whatever type the terms are computed in;
-what their own arithmetic has lost of it is rounding, and must be no more than that.
+whose last two parts cancel between the steps, whatever they are rounded to, as the same number is taken twice. The
+first is known in float64 (`path.averaged.Adjoint`). What the arithmetic of the terms has lost of that sum is rounding,
+and must be no more than that.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import torch
 from torch import Tensor
 
 from explaind.errors import VerificationError
+from explaind.path.averaged import Adjoint
 from explaind.path.factored import DistrustedError
 from explaind.path.products import ExampleProducts
-from explaind.path.slices import dot, layer_of, product
+from explaind.path.slices import dot, layer_of
 from explaind.path.sources import Sources
 from explaind.path.step import Step, StepTerms
 from explaind.run import Run
@@ -40,7 +42,7 @@ _ARITHMETIC_UNITS = 64
 """Rounding of the sweep's own sums, in units of the product of the norms."""
 _PART_ROWS = 256
 """Whose products are added up at once."""
-_DECAY, _OTHER, _ROUNDING, _EXAMPLES = range(4)
+_DECAY, _OTHER, _ROUNDING, _EXAMPLES, _HELD = range(5)
 
 
 class ReverseSweep:
@@ -74,21 +76,21 @@ class ReverseSweep:
         self._held: Tensor | None = None
         """⟨C_{s+1}, m_s⟩ of the step that was fed in last, `[query, column]`."""
 
-    def skip(self, step: Step, phi: Tensor) -> Tensor:
+    def skip(self, step: Step, adjoint: Adjoint) -> Tensor:
         """Pass a step whose terms are not asked for; returns their sum `[query]`."""
-        self._advance(step, phi)
-        return self._exact_sum(step, phi).sum(dim=1)
+        return self._together(adjoint, self._advance(step, adjoint.vectors)[_HELD]).sum(dim=1)
 
-    def terms(self, step: Step, phi: Tensor) -> StepTerms:
-        """The terms of a step, from φ_s `[query, element]`."""
-        sums = self._advance(step, phi)
-        exact = self._exact_sum(step, phi)
+    def terms(self, step: Step, adjoint: Adjoint) -> StepTerms:
+        """The terms of a step, from φ_s."""
+        sums = self._advance(step, adjoint.vectors)
+        together = self._together(adjoint, sums[_HELD])
         found = None if self._products is None else self._found(step)
         sums += self._on_psi(step)
-        omitted = exact[:, -1]
-        lost = exact - sums.sum(dim=0)
-        self._check_arithmetic(step, phi, lost, sums.abs().sum(dim=(0, 2)))
-        decay, other, rounding, from_examples = (part[:, :-1] for part in sums)
+        terms = sums[:_HELD]
+        omitted = together[:, -1]
+        lost = together - terms.sum(dim=0)
+        self._check_arithmetic(step, adjoint.vectors, lost, terms.abs().sum(dim=(0, 2)))
+        decay, other, rounding, from_examples = (part[:, :-1] for part in terms)
         rounding = rounding + lost[:, :-1]
         contribution = from_examples[:, None, None]
         if found is not None:
@@ -115,12 +117,17 @@ class ReverseSweep:
         return self._psi
 
     def _advance(self, step: Step, phi: Tensor) -> Tensor:
-        """C_s and ψ_s; returns decay, other and rounding but for what ψ_s brings, float64 `[4, query, column]`."""
+        """C_s and ψ_s; returns decay, other and rounding but for what ψ_s brings, and ⟨C_s, m_{s−1}⟩.
+
+        Returns:
+            float64 `[5, query, column]`
+        """
         f = step.filter
         if self._carried.shape != phi.shape:
             self._carried, self._psi = torch.zeros_like(phi), torch.empty_like(phi)
         on_phi = _Targets(phi, {_DECAY: -f.decoupled_decay * step.params} | _errors(1, step.update_error))
         on_r = _Targets(phi, _errors(-1, step.buffer_error))
+        on_carried = _Targets(phi, {_HELD: step.buffer_before})
         gain, retain, intake = (x.to(phi.dtype) for x in (f.buffer_gain, f.retain, f.intake))
         previous_gain, gradient_gain = (
             x.to(phi.dtype) if bool(x.any()) else None for x in (f.previous_gain, f.gradient_gain)
@@ -130,19 +137,20 @@ class ReverseSweep:
         for parameter, column in self._columns:
             part = parameter.slice
             seen = f.adjoint(phi[:, part], parameter)
-            r = torch.addcmul(self._carried[:, part], seen, gain[part])
-            psi = torch.mul(r, intake[part], out=self._psi[:, part])
-            carried = torch.mul(r, retain[part], out=self._carried[:, part])
-            if gradient_gain is not None:
-                psi.addcmul_(seen, gradient_gain[part])
+            carried, psi = self._carried[:, part], self._psi[:, part]
+            r = torch.addcmul(carried, seen, gain[part], out=psi)
+            torch.mul(r, retain[part], out=carried)
             if previous_gain is not None:
                 carried.addcmul_(seen, previous_gain[part])
-            for targets, vectors in ((on_phi, phi[:, part]), (on_r, r)):
+            for targets, vectors in ((on_phi, phi[:, part]), (on_r, r), (on_carried, carried)):
                 targets.add(sums[:, :, column], vectors, part)
+            psi.mul_(intake[part])
+            if gradient_gain is not None:
+                psi.addcmul_(seen, gradient_gain[part])
         return sums
 
     def _on_psi(self, step: Step) -> Tensor:
-        """What ψ_s brings to decay, other, rounding and the examples' part, float64 `[4, query, column]`."""
+        """What ψ_s brings to decay, other, rounding and the examples' part, float64 `[5, query, column]`."""
         f, sums = step.filter, self._no_sums(self._psi)
         on_psi = _Targets(
             self._psi,
@@ -154,18 +162,13 @@ class ReverseSweep:
         return sums
 
     def _no_sums(self, like: Tensor) -> Tensor:
-        return torch.zeros(4, len(like), len(self._slices) + 1, dtype=torch.float64, device=like.device)
+        return torch.zeros(5, len(like), len(self._slices) + 1, dtype=torch.float64, device=like.device)
 
-    def _exact_sum(self, step: Step, phi: Tensor) -> Tensor:
-        """⟨φ_s, Δ_s⟩ + ⟨C_s, m_{s−1}⟩ − ⟨C_{s+1}, m_s⟩ once C_s is known, float64 `[query, column]`."""
-        shape = len(phi), len(self._slices) + 1
-        moved, held = (torch.zeros(shape, dtype=torch.float64, device=phi.device) for _ in range(2))
-        buffer_before = step.buffer_before
-        for parameter, column in self._columns:
-            part = parameter.slice
-            moved[:, column] += product(phi[:, part], step.update[part])
-            held[:, column] += product(self._carried[:, part], buffer_before[part])
-        total = moved + held
+    def _together(self, adjoint: Adjoint, held: Tensor) -> Tensor:
+        """⟨φ_s, Δ_s⟩ + ⟨C_s, m_{s−1}⟩ − ⟨C_{s+1}, m_s⟩, `[query, column]`, where `held` is the second."""
+        total = held.clone()
+        for place, (_, column) in enumerate(self._columns):
+            total[:, column] += adjoint.products[:, place]
         if self._held is not None:
             total -= self._held
         self._held = held
@@ -233,12 +236,12 @@ class _Targets:
     def __init__(self, like: Tensor, vectors: dict[int, Tensor]) -> None:
         kept = {target: vector for target, vector in vectors.items() if bool(vector.any())}
         self._targets = list(kept)
-        self._stacked = torch.stack(list(kept.values())).to(like.dtype).T if kept else None
+        self._stacked = torch.stack(list(kept.values())).to(like.dtype) if kept else None
 
     def add(self, sums: Tensor, vectors: Tensor, part: slice) -> None:
         """Add the products with `vectors [query, part]` to `sums [target, query]`."""
         if self._stacked is not None:
-            sums[self._targets] += (vectors @ self._stacked[part]).T.to(sums.dtype)
+            sums[self._targets] += (self._stacked[:, part] @ vectors.T).to(sums.dtype)
 
 
 def _errors(sign: Tensor | int, pair: tuple[Tensor, Tensor]) -> dict[int, Tensor]:

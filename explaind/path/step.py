@@ -143,6 +143,11 @@ class Step:
         return self.is_trusted or not bool(self.foreign_gradient[0].any() or (self.gradient_scale != 1).any())
 
     @property
+    def table(self) -> ParameterTable:
+        """The parameters, and where they lie."""
+        return self._run.table
+
+    @property
     def recorded_dtype(self) -> torch.dtype:
         """Type that parameters and gradients are recorded in."""
         return self._run.table.dtype

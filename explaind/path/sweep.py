@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from explaind.errors import VerificationError
-from explaind.path.averaged import ExplainedPath
+from explaind.path.averaged import Adjoint, ExplainedPath
 from explaind.path.elements import split_by_element, undivided_by_element
 from explaind.path.factored import FactorProducts
 from explaind.path.forward import ForwardSweep
@@ -21,7 +21,7 @@ from explaind.path.products import ExampleGradients, ExampleProducts
 from explaind.path.queries import QueryFunction
 from explaind.path.reading import read_ahead
 from explaind.path.reverse import ReverseSweep
-from explaind.path.slices import dot, layer_of
+from explaind.path.slices import dot, layer_of, product
 from explaind.path.sources import Sources
 from explaind.path.step import Step, StepTerms
 from explaind.quadrature import Quadrature
@@ -94,6 +94,8 @@ class Sweep:
         """What the average gradients of wanted steps lost when they were rounded to their type, `[query, layer]`."""
         self.omitted = torch.zeros(function.num_queries, dtype=torch.float64, device=device)
         """What restrictions left out, `[query]`."""
+        self._phi: Tensor | None = None
+        """Memory of the gradients of a step, which are no longer needed when the next one's are found."""
         self.integrals: dict[int, StepIntegral] = {}
         """Residual and nodes of the integrated steps (their gradients are dropped after use)."""
 
@@ -122,7 +124,7 @@ class Sweep:
             terms = sweep.terms(step, adjoint)
             self.omitted += terms.omitted
             if self._elements is not None:
-                terms = split_by_element(terms, step, adjoint, sweep.psi, self._elements)
+                terms = split_by_element(terms, step, adjoint.vectors, sweep.psi, self._elements)
             # What holds for one step's gradient is tried with the next one's, which then is cheaper.
             is_the_examples = self._products is not None and step.is_the_examples
             del step, adjoint  # they are large, and the next ones are made before they are replaced here
@@ -144,7 +146,8 @@ class Sweep:
         ):
             index = step.index
             if index in self._wanted:
-                terms = sweep.terms(step, held.pop(index) if self._path.averaged else self._adjoint(step))
+                adjoint = held.pop(index) if self._path.averaged else self._adjoint(step)
+                terms = sweep.terms(step, adjoint.vectors)
                 self.omitted += terms.omitted
                 yield index, self._with_rounding(index, terms)
             else:
@@ -156,9 +159,9 @@ class Sweep:
         """⟨λ_s, Δ_s⟩ for optimizers without a rule: exact by step and layer, with nothing told apart in it."""
         batch_gradient(self._run, self._run.num_steps - 1)  # nothing else here would notice another forward pass
         for step, adjoint in self._wanted_backward():
-            change = dot(adjoint, step.update, self._slices)
+            change = self._by_layer(adjoint.products)
             nothing = torch.zeros_like(change)
-            self.omitted += dot(adjoint, step.update, [[slice(None)]])[:, 0] - change.sum(dim=1)
+            self.omitted += adjoint.change - change.sum(dim=1)
             terms = StepTerms(
                 contribution=change[:, None, None],
                 decay=nothing,
@@ -167,19 +170,19 @@ class Sweep:
                 omitted=nothing.sum(dim=1),
             )
             if self._elements is not None:
-                terms = undivided_by_element(terms, step, adjoint, self._elements)
+                terms = undivided_by_element(terms, step, adjoint.vectors, self._elements)
             yield step.index, self._with_rounding(step.index, terms)
 
-    def _wanted_backward(self) -> Iterator[tuple[Step, Tensor]]:
+    def _wanted_backward(self) -> Iterator[tuple[Step, Adjoint]]:
         """The wanted steps from the last to the first, with λ_s; what the others add is omitted."""
         needed = range(min(self._wanted), self._run.num_steps) if self._path.averaged else self._wanted
         for step, adjoint in self._backward(needed):
             if step.index in self._wanted:
                 yield step, adjoint
             else:
-                self.omitted += dot(adjoint, step.update, [[slice(None)]])[:, 0]
+                self.omitted += adjoint.change
 
-    def _backward(self, needed: Collection[int]) -> Iterator[tuple[Step, Tensor]]:
+    def _backward(self, needed: Collection[int]) -> Iterator[tuple[Step, Adjoint]]:
         """The needed steps from the last to the first, with λ_s."""
         first, last = min(needed), self._run.num_steps - 1
         for index in set(range(last + 1)).difference(needed):
@@ -190,7 +193,7 @@ class Sweep:
         ):
             adjoint = self._adjoint(step)
             if step.index == first:
-                self.omitted += dot(adjoint, self._path.lead(step), [[slice(None)]])[:, 0]
+                self.omitted += product(adjoint.vectors, self._path.lead(step))
             yield step, adjoint
             del step, adjoint
 
@@ -198,19 +201,20 @@ class Sweep:
         rows_dtype = self._dtype if isinstance(self._products, FactorProducts) else None
         return Step(self._run, index, self._device, rows_dtype=rows_dtype, without_rows=self._products is None)
 
-    def _adjoint(self, step: Step) -> Tensor:
-        """λ_s, `[query, element]`; of weights that are not averaged, φ_s."""
-        phi = self._integrate(step)
-        return self._path.adjoint(step.index, phi)
+    def _adjoint(self, step: Step) -> Adjoint:
+        """λ_s; of weights that are not averaged, φ_s."""
+        phi, products = self._integrate(step)
+        vectors = self._path.adjoint(step.index, phi)
+        return Adjoint(phi, products) if vectors is phi else Adjoint.of(vectors, step)
 
-    def _integrate(self, step: Step) -> Tensor:
-        """φ_s, `[query, element]`."""
+    def _integrate(self, step: Step) -> tuple[Tensor, Tensor]:
+        """φ_s, `[query, element]`, and its products with the segment by parameter, `[query, parameter]`."""
         s = step.index
         start, move = self._path.segment(step)
         if not self._path.moves(s):
             nothing = torch.zeros_like(self.path_length)
             self.integrals[s] = StepIntegral(start.new_empty(0), nothing[:, None], nothing, nothing.to(torch.int64))
-            return start.new_zeros(len(nothing), len(start))
+            return start.new_zeros(len(nothing), len(start)), start.new_zeros(len(nothing), len(self._run.table))
         integral = integrate(
             self._function,
             start,
@@ -218,15 +222,23 @@ class Sweep:
             change=(self.values[:, s], self.values[:, s + 1]),
             tolerance=self._tolerance[:, s],
             quadrature=self._rule,
+            out=self._phi,
         )
-        self._account_for_rounding(s, integral, move)
+        self._phi = integral.gradient
+        products = dot(integral.gradient, move, [[parameter.slice] for parameter in self._run.table])
+        self._account_for_rounding(s, integral, move, integral.products - products)
         self.integrals[s] = replace(integral, gradient=integral.gradient.new_empty(0))
-        return integral.gradient
+        return integral.gradient, products
 
-    def _account_for_rounding(self, step: int, integral: StepIntegral, move: Tensor) -> None:
-        """The residual is that of the gradients as they were found; what they lost when put together is rounding."""
-        parts = [[parameter.slice] for parameter in self._run.table]
-        lost = integral.products - dot(integral.gradient, move, parts)
+    def _account_for_rounding(self, step: int, integral: StepIntegral, move: Tensor, lost: Tensor) -> None:
+        """The residual is that of the gradients as they were found; what they lost when put together is rounding.
+
+        Args:
+            step: the step.
+            integral: over its segment.
+            move: the segment, `[element]`.
+            lost: what the gradients' products with it lost, `[query, parameter]`.
+        """
         unit = _LOST_UNITS * torch.finfo(integral.gradient.dtype).eps
         size = integral.gradient.norm(dim=1) * move.norm()
         missing, limit = lost.abs().sum(dim=1), _LARGEST_LOSS * integral.products.abs().sum(dim=1) + unit * size
@@ -235,14 +247,19 @@ class Sweep:
                 f"the average gradients of step {step} have lost {float((missing / limit).max()):.0e} times what "
                 "rounding may take when they were put together."
             )
-        by_layer = lost.new_zeros(len(lost), len(self._slices))
-        for column, layer in enumerate(self._columns):
-            if layer is not None and step in self._wanted:
-                by_layer[:, layer] += lost[:, column]
-            else:
-                self.omitted += lost[:, column]
         if step in self._wanted:
-            self._rounded[step] = by_layer
+            self._rounded[step] = self._by_layer(lost)
+            self.omitted += lost.sum(dim=1) - self._rounded[step].sum(dim=1)
+        else:
+            self.omitted += lost.sum(dim=1)
+
+    def _by_layer(self, by_parameter: Tensor) -> Tensor:
+        """Sums over the parameters of each layer, `[query, layer]`."""
+        total = by_parameter.new_zeros(len(by_parameter), len(self._slices))
+        for column, layer in enumerate(self._columns):
+            if layer is not None:
+                total[:, layer] += by_parameter[:, column]
+        return total
 
     def _with_rounding(self, step: int, terms: StepTerms) -> StepTerms:
         return replace(terms, rounding=terms.rounding + self._rounded.pop(step, 0.0))

@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from explaind.path.averaged import Adjoint
 from explaind.path.elements import split_by_element
 from explaind.path.factored import FactorProducts
 from explaind.path.factors import strategy
@@ -16,7 +17,7 @@ from explaind.path.integral import StepIntegral, integrate
 from explaind.path.products import ExampleGradients, ExampleProducts
 from explaind.path.queries import QueryFunction
 from explaind.path.reverse import ReverseSweep
-from explaind.path.slices import dot, layer_of
+from explaind.path.slices import layer_of
 from explaind.path.step import Step
 from explaind.path.sweep import step_tolerances
 from explaind.planning.metering import Meter
@@ -63,15 +64,15 @@ class Trial:
         for index, change, tolerance in zip(sampled, changes, tolerances.T, strict=True):
             with self._meter.timed(INTEGRAL):
                 integral = self._integrate(index, change, tolerance)
-            adjoint = self._path.adjoint(index, integral.gradient)
+            phi = self._path.adjoint(index, integral.gradient)
             with self._meter.timed(REPLAYS):
                 self._replay(index)
             with self._meter.timed(TERMS):
-                self._terms(index, adjoint)
+                self._terms(index, phi)
             integrals.append(integral)
         if self._skips:
             with self._meter.timed(SKIPPED):
-                self._skip(index, adjoint)
+                self._skip(index, phi)
         self._count(index, change, tolerance)
         nodes = torch.stack([each.num_nodes.sum() for each in integrals]).to(torch.float64)
         self._meter.operations[INTEGRAL] *= float(nodes.mean() / nodes[-1].clamp_min(1))
@@ -98,14 +99,14 @@ class Trial:
             self._function.at(self._path.segment(self._step(index))[0])
         with self._meter.counted(INTEGRAL):
             integral = self._integrate(index, change, tolerance)
-        adjoint = self._path.adjoint(index, integral.gradient)
+        phi = self._path.adjoint(index, integral.gradient)
         with self._meter.counted(REPLAYS):
             self._replay(index)
         with self._meter.counted(TERMS):
-            self._terms(index, adjoint)
+            self._terms(index, phi)
         if self._skips:
             with self._meter.counted(SKIPPED):
-                self._skip(index, adjoint)
+                self._skip(index, phi)
 
     def _step(self, index: int) -> Step:
         rows_dtype = self._request.dtype if isinstance(self._products, FactorProducts) else None
@@ -126,24 +127,28 @@ class Trial:
         """Find out what is in a step's gradient, if nothing is asked of its rows."""
         return self._known and self._step(index).stands_for_examples
 
-    def _terms(self, index: int, adjoint: Tensor) -> object:
+    def _terms(self, index: int, phi: Tensor) -> object:
         step = self._step(index)
+        adjoint = Adjoint.of(phi, step)
         if self._trusts:
             step.trust()
         if self._known:
             sweep = self._sweep(index)
-            terms = sweep.terms(step, adjoint)
-            if self._request.elements is not None and isinstance(sweep, ReverseSweep):
-                terms = split_by_element(terms, step, adjoint, sweep.psi, self._request.elements)
+            if isinstance(sweep, ForwardSweep):
+                terms = sweep.terms(step, phi)
+            else:
+                terms = sweep.terms(step, adjoint)
+                if self._request.elements is not None:
+                    terms = split_by_element(terms, step, phi, sweep.psi, self._request.elements)
             by_factors = isinstance(self._products, FactorProducts) and self._request.steps_axis != "update_step"
             self._trusts = by_factors and not self._request.sources.restricted and step.is_the_examples
             self._run.examples_alone = dict(self._known_steps)  # each of them is replayed as if for the first time
             return terms
-        return dot(adjoint, step.update, self._request.slices)
+        return adjoint
 
-    def _skip(self, index: int, adjoint: Tensor) -> object:
+    def _skip(self, index: int, phi: Tensor) -> object:
         sweep, step = self._sweep(index), self._step(index)
-        return sweep.advance(step) if isinstance(sweep, ForwardSweep) else sweep.skip(step, adjoint)
+        return sweep.advance(step) if isinstance(sweep, ForwardSweep) else sweep.skip(step, Adjoint.of(phi, step))
 
     def _sweep(self, index: int) -> ForwardSweep | ReverseSweep:
         request = self._request
