@@ -205,7 +205,7 @@ def test_arguments_of_some_rows_are_known_from_those_of_more():
     start, update, rows = torch.zeros(2), torch.ones(2), torch.tensor([0, 2, 5])
     argument = torch.arange(6.0).reshape(3, 2)
     for by_row in (True, False):
-        known = KnownKinks(by_row=by_row, most_bytes=1 << 10)
+        known = KnownKinks(by_row=by_row, dtype=torch.float32, most_bytes=1 << 10)
         known.put(start, update, 0.5, rows, {"0 relu": argument})
         assert known.get(start, update, 0.5, rows)["0 relu"] is argument
         some = known.get(start, update, 0.5, torch.tensor([0, 5]))
@@ -216,7 +216,7 @@ def test_arguments_of_some_rows_are_known_from_those_of_more():
 
 def test_arguments_are_forgotten_from_the_first_point_on():
     start, update, rows, argument = torch.zeros(2), torch.ones(2), torch.arange(3), torch.zeros(3, dtype=torch.float64)
-    known = KnownKinks(by_row=True, most_bytes=2 * argument.nbytes)
+    known = KnownKinks(by_row=True, dtype=argument.dtype, most_bytes=2 * argument.nbytes)
     for position in (0.0, 0.5, 1.0):
         known.put(start, update, position, rows, {"0 relu": argument})
     assert [known.get(start, update, position, rows) is None for position in (0.0, 0.5, 1.0)] == [True, False, False]

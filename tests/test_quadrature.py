@@ -46,8 +46,8 @@ class Slopes:
     def products(self, update):
         return (self.slopes @ update)[:, None]
 
-    def rounding(self, update):
-        return torch.finfo(torch.float64).eps * (self.slopes.abs() @ update.abs())
+    def rounding(self, update, entries):
+        return torch.finfo(torch.float64).eps * (self.slopes[entries].abs() @ update.abs())
 
 
 def integrate(function, rule, step=1.0, tolerance=1e-10):

@@ -14,6 +14,10 @@ from explaind.path.factors import Rows, block_pays, block_products, by_row, merg
 __all__ = ["Convolved"]
 
 
+_PATCH_BYTES = 1 << 21
+"""Of patches that are laid out at once; they should stay in the cache until they are multiplied."""
+
+
 @dataclass(frozen=True)
 class Convolved(Rows):
     """Σ_t over the places t of images: of a convolution in one or two dimensions."""
@@ -37,11 +41,25 @@ class Convolved(Rows):
     def gradients(self) -> Tensor:
         """See `Factors.gradients`."""
         images, deltas = self.inputs.flatten(end_dim=1), self.deltas.flatten(end_dim=1)
-        patches = F.unfold(images, self._kernel, stride=self.stride, padding=self.padding, dilation=self.dilation)
+        patches = self._patches(images)
         left = deltas.reshape(len(images), self.groups, -1, deltas[0, 0].numel())
         right = patches.reshape(len(images), self.groups, -1, patches.shape[2])
         single = left @ right.transpose(2, 3)
         return single.reshape(*self.inputs.shape[:2], *self.shape).sum(dim=1)
+
+    def add_to(self, total: Tensor, counts: Tensor) -> None:
+        """See `Factors.add_to`."""
+        if self.groups > 1 or total.dtype != self.deltas.dtype:
+            super().add_to(total, counts)
+            return
+        matrices = total.unflatten(1, (self.shape[0], -1))
+        images, deltas = self.inputs.flatten(end_dim=1), self.deltas.flatten(end_dim=1).flatten(start_dim=2)
+        query = torch.arange(len(counts), device=counts.device).repeat_interleave(counts * self.inputs.shape[1])
+        size = max(1, _PATCH_BYTES // (matrices[0, 0].nbytes * deltas.shape[2]))
+        for some in torch.arange(len(images), device=images.device).split(size):
+            patches = self._patches(images[some])
+            for place, delta, patch in zip(query[some].tolist(), deltas[some], patches, strict=True):
+                matrices[place].addmm_(delta, patch.T)
 
     def combined(self, weights: Tensor) -> Tensor:
         """See `Factors.combined`."""
@@ -72,6 +90,10 @@ class Convolved(Rows):
     def merged(self, count: int) -> Convolved:
         """See `Factors.merged`."""
         return replace(self, inputs=merged(self.inputs, count), deltas=merged(self.deltas, count))
+
+    def _patches(self, images: Tensor) -> Tensor:
+        """What each place of the output is made of, `[image, channel · height · width of the kernel, place]`."""
+        return F.unfold(images, self._kernel, stride=self.stride, padding=self.padding, dilation=self.dilation)
 
     @property
     def _kernel(self) -> tuple[int, int]:

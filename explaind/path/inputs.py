@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -77,7 +77,7 @@ class QueryInputs:
         self,
         params: Tensor | Mapping[str, Tensor],
         rows: Tensor,
-        slopes: AbstractContextManager[None] | None = None,
+        slopes: AbstractContextManager[Any] | None = None,
     ) -> Tensor:
         """The scalars of some inputs, evaluated as one batch, in the type of the parameters, `[row]`.
 
@@ -86,23 +86,33 @@ class QueryInputs:
         """
         tensors = self._run.table.unflatten(params) if isinstance(params, Tensor) else params
         inputs = self._chosen(rows, next(iter(tensors.values())).dtype)
-        with modes(self._run.model, False), vectorizable(self._run.model), slopes or nullcontext():
-            output = self._evaluate(tensors, inputs)
-            if not isinstance(self._output, Output):
-                scalars = self._output(output)
-            else:
-                picked = self._output.pick(output)
-                self._output.check(picked)
-                if picked.shape[:1] != (len(rows),):
-                    raise ValueError(
-                        f"the output '{self._output.name}' needs a row of the model's output for every input; of "
-                        f"{len(rows)} inputs the model made an output of shape {tuple(picked.shape)}."
-                    )
-                scalars = self._output.function(picked, self._targets[rows])
+        targets = self._targets[rows] if self.by_row else None
+
+        def function(*args: Any, **kwargs: Any) -> Any:
+            with slopes or nullcontext():  # which take part in every call of torch, so that it should be no other's
+                output = self._function(*args, **kwargs)
+                return self._scalars_of(output, targets)
+
+        with modes(self._run.model, False), vectorizable(self._run.model):
+            scalars = self._evaluate(tensors, inputs, function)
         if not isinstance(scalars, Tensor) or scalars.ndim != 1:
             shape = tuple(scalars.shape) if isinstance(scalars, Tensor) else type(scalars).__name__
             raise ValueError(f"the query's output must give one scalar per query, shape [query]; it gave {shape}.")
         return scalars
+
+    def _scalars_of(self, output: Any, targets: Tensor | None) -> Any:
+        """The scalars of a model's output."""
+        if not isinstance(self._output, Output):
+            return self._output(output)
+        assert targets is not None
+        picked = self._output.pick(output)
+        self._output.check(picked)
+        if picked.shape[:1] != (len(targets),):
+            raise ValueError(
+                f"the output '{self._output.name}' needs a row of the model's output for every input; of "
+                f"{len(targets)} inputs the model made an output of shape {tuple(picked.shape)}."
+            )
+        return self._output.function(picked, targets)
 
     def gradients(
         self, wanted: Mapping[str, Tensor], others: Mapping[str, Tensor], rows: Tensor, ends: Iterable[Tensor]
@@ -127,10 +137,10 @@ class QueryInputs:
             seen = []
             for end in tensors:
                 with watched() as arguments:
-                    self._evaluate(end, inputs)
+                    self._evaluate(end, inputs, self._function)
                 seen.append(arguments)
             with averaged(*seen) if seen else nullcontext():
-                output = self._output.pick(self._evaluate({**fixed, **params}, inputs))
+                output = self._output.pick(self._evaluate({**fixed, **params}, inputs, self._function))
             return self._output.function(output, target).sum()
 
         chosen = self._chosen(rows, next(iter(wanted.values())).dtype)
@@ -147,8 +157,10 @@ class QueryInputs:
         every = len(rows) == self.number
         return cast({n: t if every else t[rows] for n, t in self._tensors.items()}, dtype, self._device)
 
-    def _evaluate(self, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Any:
-        """The model's output."""
+    def _evaluate(
+        self, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor], function: Callable[..., Any]
+    ) -> Any:
+        """What a function of the model and the inputs makes with these parameters."""
         fixed = self._fixed[next(iter(tensors.values())).dtype]
         args, kwargs = rebuild(self._template, inputs)
-        return call_function(self._function, self._run.model, {**fixed, **tensors}, args, kwargs)
+        return call_function(function, self._run.model, {**fixed, **tensors}, args, kwargs)

@@ -46,8 +46,8 @@ class Averages(Protocol):
         """What they take in memory."""
         ...
 
-    def rounding(self, update: Tensor) -> Tensor:
-        """A unit of the rounding of these products' sum, float64 `[query]`."""
+    def rounding(self, update: Tensor, entries: Tensor) -> Tensor:
+        """A unit of the rounding of these products' sum for some of the queries, float64 `[entry]`."""
         ...
 
 
@@ -154,6 +154,7 @@ class _Integration:
             )
         self._order = 2 if self._kinks and function.kinked else 2 * len(self._rule.nodes)
         self._spent = torch.zeros(len(tolerance), dtype=torch.int64, device=start.device)
+        self._unit = torch.full_like(tolerance, torch.nan, dtype=torch.float64)
         self._left = tolerance.to(torch.float64, copy=True)
         """Of the tolerance, that what is kept does not take, `[query]`."""
         self._products: Tensor | None = None
@@ -165,7 +166,7 @@ class _Integration:
         """The integral over the whole step."""
         every = torch.arange(len(self._tolerance), device=self._start.device)
         (whole,) = self._estimates([Wanted((0.0, 1.0), every, *change, False)])
-        self._unit = whole.part.averages.rounding(self._update)  # of a sub-interval: its part of the whole's
+        self._whole = whole
         candidates = [Candidate.alone(whole)]
         while candidates:
             inaccurate, again = self._judge(candidates)
@@ -273,10 +274,17 @@ class _Integration:
     def _noise(self, estimate: Estimate) -> Tensor:
         """Errors of a sub-interval that are nothing but rounding, `[query]`."""
         if estimate.exact:
-            unit: Tensor = estimate.part.averages.rounding(self._update)[estimate.entries]
-        else:
-            unit = estimate.length * self._unit[estimate.which]
+            unit: Tensor = estimate.part.averages.rounding(self._update, estimate.entries)
+        else:  # its part of the whole's
+            unit = estimate.length * self._unit_of_whole(estimate.which)
         return _NOISE * unit
+
+    def _unit_of_whole(self, which: Tensor) -> Tensor:
+        """A unit of the rounding of the whole segment's estimate, computed for those queries that it is asked of."""
+        unknown = which[self._unit[which].isnan()]
+        if len(unknown):
+            self._unit[unknown] = self._whole.part.averages.rounding(self._update, unknown)
+        return self._unit[which]
 
     def _most(self, estimate: Estimate) -> int:
         """Parts that a sub-interval may be divided into."""

@@ -57,21 +57,19 @@ class _Intercept(TorchFunctionMode):
 
 
 @contextmanager
-def watched(dtype: torch.dtype | None = None) -> Iterator[dict[str, Tensor]]:
+def watched(into: dict[str, Tensor] | None = None) -> Iterator[dict[str, Tensor]]:
     """Collect the arguments of the kinked functions that are computed in the block.
 
     Args:
-        dtype: type to keep them in; by default their own.
+        into: where they go; by default into a new dict.
 
     Yields:
         The arguments by place and function, as in `"0 relu"`: a dict of tensors that vmap can return and take.
     """
-    seen: dict[str, Tensor] = {}
+    seen = {} if into is None else into
 
     def note(name: str, call: Callable[[], Any], kinked: Kinked) -> Any:
-        # A copy, as the model may go on to change its own in place.
-        argument = kinked.argument.detach()
-        seen[f"{len(seen)} {name}"] = argument.to(dtype or argument.dtype, copy=True)
+        seen[f"{len(seen)} {name}"] = kinked.argument.detach().clone()  # the model may go on to change its own in place
         return call()
 
     with _Intercept(note):
@@ -125,17 +123,19 @@ class KnownKinks:
 
     Args:
         by_row: whether they have the inputs along their first axis.
+        dtype: type that they are kept in.
         most_bytes: of them that are kept.
     """
 
-    def __init__(self, *, by_row: bool, most_bytes: int) -> None:
-        self._by_row, self._most_bytes = by_row, most_bytes
+    def __init__(self, *, by_row: bool, dtype: torch.dtype, most_bytes: int) -> None:
+        self._by_row, self._dtype, self._most_bytes = by_row, dtype, most_bytes
         self._start = self._update = torch.empty(0)
         self._known: dict[float, list[tuple[Tensor, Kinks]]] = {}
+        self._num_bytes = 0
 
     def anew(self, most_bytes: int) -> KnownKinks:
         """The same for other inputs, of which nothing is known yet."""
-        return KnownKinks(by_row=self._by_row, most_bytes=most_bytes)
+        return KnownKinks(by_row=self._by_row, dtype=self._dtype, most_bytes=most_bytes)
 
     def get(self, start: Tensor, update: Tensor, position: float, rows: Tensor) -> Kinks | None:
         """What is known of some inputs, ascending, at a point."""
@@ -152,9 +152,11 @@ class KnownKinks:
     def put(self, start: Tensor, update: Tensor, position: float, rows: Tensor, kinks: Kinks) -> None:
         """Remember some inputs at a point."""
         self._enter(start, update)
+        kinks = {name: argument.to(self._dtype) for name, argument in kinks.items()}
         self._known.setdefault(position, []).append((rows, kinks))
-        while sum(map(_num_bytes, self._known.values())) > self._most_bytes:
-            del self._known[next(iter(self._known))]
+        self._num_bytes += _num_bytes(kinks)
+        while self._num_bytes > self._most_bytes:
+            self._num_bytes -= sum(_num_bytes(kinks) for _, kinks in self._known.pop(next(iter(self._known))))
 
     def _enter(self, start: Tensor, update: Tensor) -> None:
         if start is self._start and update is self._update:
@@ -162,11 +164,12 @@ class KnownKinks:
         # The sweep goes from the last segment to the first.
         shared = len(start) == len(self._start) and torch.equal(start + update, self._start)
         self._known = {1.0: self._known[0.0]} if shared and 0.0 in self._known else {}
+        self._num_bytes = sum(_num_bytes(kinks) for known in self._known.values() for _, kinks in known)
         self._start, self._update = start, update
 
 
-def _num_bytes(known: list[tuple[Tensor, Kinks]]) -> int:
-    return sum(argument.nbytes for _, kinks in known for argument in kinks.values())
+def _num_bytes(kinks: Kinks) -> int:
+    return sum(argument.nbytes for argument in kinks.values())
 
 
 def _differing(expected: str, found: str) -> ValueError:

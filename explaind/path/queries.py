@@ -75,8 +75,9 @@ class QueryFunction:
             self._block = max(1, fitting // (_GRAPHS * self._input_bytes))
         blocks, by_block, self._kink_bytes = self._every.split(self._block), list[Tensor](), 0
         for rows in blocks:
-            with torch.no_grad(), watched() as kinks:
-                by_block.append(self._inputs.scalars(trained, rows))
+            kinks = dict[str, Tensor]()
+            with torch.no_grad():
+                by_block.append(self._inputs.scalars(trained, rows, watched(kinks)))
             self._kink_bytes += sum(argument.nbytes for argument in kinks.values())
         scalars = torch.cat(by_block)
         weights = torch.eye(len(scalars), dtype=torch.float64) if query.weights is None else query.weights
@@ -101,7 +102,7 @@ class QueryFunction:
         if not self.separate:
             self._block = query.num_inputs
         by_row = self.separate and self._are_by_row(trained, blocks[-1], kinks)
-        self._kinks = KnownKinks(by_row=by_row, most_bytes=self.remembered_bytes)
+        self._kinks = KnownKinks(by_row=by_row, dtype=dtype, most_bytes=self.remembered_bytes)
 
     @property
     def num_queries(self) -> int:
@@ -150,9 +151,11 @@ class QueryFunction:
         members, weights = self._members(which)
         params, scalars = start + position * update, list[Tensor]()
         for rows in members.split(self._block):
-            with torch.no_grad(), watched(self._dtype) if self.remembered_bytes else nullcontext() as seen:
-                scalars.append(self._inputs.scalars(params, rows))
-            if seen is not None:
+            seen = dict[str, Tensor]()
+            with torch.no_grad():
+                watch = watched(seen) if self.remembered_bytes else None
+                scalars.append(self._inputs.scalars(params, rows, watch))
+            if seen:
                 self._kinks.put(start, update, position, rows, seen)
         return weights @ torch.cat(scalars)
 
@@ -209,8 +212,9 @@ class QueryFunction:
         known = self._kinks.get(start, update, position, rows) if dtype == self._dtype else None
         if known is not None:
             return known
-        with torch.no_grad(), watched() as seen:
-            self._inputs.scalars((start + position * update).to(dtype), rows)
+        seen = dict[str, Tensor]()
+        with torch.no_grad():
+            self._inputs.scalars((start + position * update).to(dtype), rows, watched(seen))
         if dtype == self._dtype and self.remembered_bytes:
             self._kinks.put(start, update, position, rows, seen)
         return seen
@@ -218,8 +222,9 @@ class QueryFunction:
     def _are_by_row(self, params: Tensor, rows: Tensor, kinks: Kinks) -> bool:
         """Whether the arguments of kinked functions, as some inputs gave them together, have one after the other."""
         places = torch.arange(0, len(rows), max(1, len(rows) // _NUM_PROBES), device=rows.device)
-        with torch.no_grad(), watched() as alone:
-            self._inputs.scalars(params, rows[places])
+        alone = dict[str, Tensor]()
+        with torch.no_grad():
+            self._inputs.scalars(params, rows[places], watched(alone))
         pairs = [(argument, kinks.get(name)) for name, argument in alone.items()]
         return len(alone) == len(kinks) and all(
             every is not None

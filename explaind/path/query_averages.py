@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -24,61 +24,53 @@ class QueryAverages:
 
     def __init__(self, table: ParameterTable, num_queries: int) -> None:
         self._table, self._num_queries = table, num_queries
-        self._terms: dict[str, list[tuple[Factors, Tensor]]] = {name: [] for name in table.names}
+        self._terms = dict[int, tuple[Tensor, list[tuple[int, Factors]]]]()
+        """By identity of the weights, which parameters share: these, and the factors with the parameter's place."""
         self.num_bytes = 0
         """See `explaind.path.integral.Averages.num_bytes`."""
 
     def add(self, name: str, factors: Factors, weights: Tensor) -> None:
         """Add a parameter's rows with weights `[query, row]`."""
-        self._terms[name].append((factors, weights))
+        self._terms.setdefault(id(weights), (weights, []))[1].append((self._table.names.index(name), factors))
         self.num_bytes += factors.num_bytes
 
     def products(self, update: Tensor) -> Tensor:
         """See `explaind.path.integral.Averages.products`."""
-        return self._by_parameter(update, absolute=False)
-
-    def rounding(self, update: Tensor) -> Tensor:
-        """See `explaind.path.integral.Averages.rounding`."""
-        dtype = next(weights.dtype for terms in self._terms.values() for _, weights in terms)
-        return torch.finfo(dtype).eps * self._by_parameter(update.abs(), absolute=True).sum(dim=1)
-
-    def _by_parameter(self, update: Tensor, *, absolute: bool) -> Tensor:
         total = torch.zeros(self._num_queries, len(self._table), dtype=torch.float64, device=update.device)
-        for place, parameter in enumerate(self._table):
-            for factors, weights in self._terms[parameter.name]:
-                vector = update[parameter.slice].to(weights.dtype).reshape(1, *parameter.shape)
-                own, weight = (factors.absolute(), weights.abs()) if absolute else (factors, weights)
-                total[:, place] += weight.to(torch.float64) @ own.products(vector)[0].to(torch.float64)
+        for weights, terms in self._terms.values():
+            vectors = self._table.unflatten(update.to(weights.dtype)[None])
+            by_row = total.new_zeros(weights.shape[1], len(self._table))
+            for place, factors in terms:
+                by_row[:, place] += factors.products(vectors[self._table.names[place]])[0]
+            total += weights.to(total.dtype) @ by_row
         return total
 
-    def terms(self, name: str) -> Sequence[tuple[Factors, Tensor]]:
-        """A parameter's factors, with the rows' weights `[query, row]`."""
-        return self._terms[name]
+    def rounding(self, update: Tensor, entries: Tensor) -> Tensor:
+        """See `explaind.path.integral.Averages.rounding`."""
+        total = torch.zeros(len(entries), dtype=torch.float64, device=update.device)
+        for weights, terms in self._terms.values():
+            sizes, vectors = weights[entries].abs(), self._table.unflatten(update.to(weights.dtype).abs()[None])
+            rows = sizes.any(dim=0).nonzero()[:, 0]
+            by_row = total.new_zeros(len(rows))
+            for place, factors in terms:
+                by_row += factors.take(rows).absolute().products(vectors[self._table.names[place]])[0]
+            total += torch.finfo(weights.dtype).eps * sizes[:, rows].to(total.dtype) @ by_row
+        return total
+
+    def terms(self) -> Iterator[tuple[Tensor, Sequence[tuple[int, Factors]]]]:
+        """Weights of rows `[query, row]`, and what they belong to: factors of the parameters at these places."""
+        yield from self._terms.values()
 
 
 def add_parts(table: ParameterTable, total: Tensor, parts: Sequence[Part]) -> None:
     """Put the gradients of parts of a step together, in `total [query, element]`."""
-    rows = _Rows()
-    for parameter in table:
-        found = [
-            (factors, *rows.of(part, weights))
-            for part in parts
-            for factors, weights in part.averages.terms(parameter.name)
-        ]
-        add_combined(total[:, parameter.slice], found)
-
-
-class _Rows:
-    """The rows that queries are made of because of some parts; the same for all parameters that share weights."""
-
-    def __init__(self) -> None:
-        self._known = dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]]()
-
-    def of(self, part: Part, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, rows and weights of the entries that are not zero, `[entry]` each."""
-        key = id(part), id(weights)
-        if key not in self._known:
+    found: list[list[tuple[Factors, Tensor, Tensor, Tensor]]] = [[] for _ in table]
+    for part in parts:
+        for weights, terms in part.averages.terms():
             every = part.weights.to(weights.dtype)[:, None] * weights
             entry, row = every.nonzero(as_tuple=True)
-            self._known[key] = part.which[entry], row, every[entry, row]
-        return self._known[key]
+            query, weight = part.which[entry], every[entry, row]
+            for place, factors in terms:
+                found[place].append((factors, query, row, weight))
+    for parameter, own in zip(table, found, strict=True):
+        add_combined(total[:, parameter.slice], own)
