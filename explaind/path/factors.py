@@ -12,6 +12,7 @@ the traffic of writing and reading g_k. They are equal up to rounding.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
@@ -83,6 +84,11 @@ class Factors(Protocol):
         ...
 
     @property
+    def num_rows(self) -> int:
+        """Number of rows."""
+        ...
+
+    @property
     def num_positions(self) -> int | None:
         """p, over which a row's gradient is a sum of products; None if it is not made of such."""
         ...
@@ -104,15 +110,18 @@ def add_combined(total: Tensor, parts: Sequence[tuple[Factors, Tensor, Tensor, T
         total: changed in place.
         parts: factors; and of every term the query, the row and its weight, `[term]` each.
     """
-    alike: dict[Any, list[tuple[Factors, Tensor, Tensor]]] = {}
-    for factors, query, row, weights in parts:
-        members = factors.take(row)
-        alike.setdefault(members.kind, []).append((members, query, weights))
+    alike: dict[Any, list[tuple[Factors, Tensor, Tensor, Tensor]]] = {}
+    for part in parts:
+        alike.setdefault(part[0].kind, []).append(part)
     for group in alike.values():
-        query, weights = torch.cat([query for _, query, _ in group]), torch.cat([weights for *_, weights in group])
-        members = group[0][0].joined([members for members, _, _ in group[1:]])
+        members = [factors for factors, *_ in group]
+        first = itertools.accumulate((factors.num_rows for factors in members[:-1]), initial=0)
+        query = torch.cat([query for _, query, _, _ in group])
+        weights = torch.cat([weights for *_, weights in group])
+        row = torch.cat([own + start for (*_, own, _), start in zip(group, first, strict=True)])
         order = query.argsort(stable=True)
-        members.take(order).scaled(weights[order]).add_to(total, torch.bincount(query, minlength=len(total)))
+        chosen = members[0].joined(members[1:]).take(row[order]).scaled(weights[order])
+        chosen.add_to(total, torch.bincount(query, minlength=len(total)))
 
 
 class Rows:
@@ -162,7 +171,7 @@ class Rows:
 
     @property
     def num_rows(self) -> int:
-        """Number of rows."""
+        """See `Factors.num_rows`."""
         return len(next(iter(self._tensors.values())))
 
     @property

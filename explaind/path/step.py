@@ -286,12 +286,12 @@ class Step:
 
         return load(self.index), load(self.index + 1)
 
-    @property
+    @cached_property
     def buffer_before(self) -> Tensor:
         """The momentum buffer m_{s−1} before the step."""
         return self._buffer(self._states[0])
 
-    @property
+    @cached_property
     def buffer_after(self) -> Tensor:
         """The momentum buffer m_s after the step."""
         return self._buffer(self._states[1])
@@ -342,7 +342,7 @@ class Step:
         size = self.params.abs() + self.next_params.abs() + gained.abs()
         return self._split(self.update + gained + decayed, size, f.update_roundoff)
 
-    @property
+    @cached_property
     def _filtered_input(self) -> Tensor:
         """What enters the filter, u_s."""
         return self.filter.sign * self.gradient + self.filter.coupled_decay * self.params
