@@ -13,6 +13,9 @@ from .task import ModularTask, Split, make_task
 
 __all__ = ["Recipe", "StopRule"]
 
+_STORED_STEPS = 5000
+"""A run of at most so many steps is stored step by step; of a longer one most are made again when they are needed."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StopRule:
@@ -104,6 +107,11 @@ class Recipe:
     def architecture(self) -> str:
         """Which of the two models it is, in words."""
         return "positional" if self.positional else "position-free"
+
+    @property
+    def snapshot_every(self) -> int:
+        """Every so many steps the weights are stored, so that a long run takes gigabytes and not tens of them."""
+        return 1 if self.max_steps <= _STORED_STEPS else 50
 
     def make_split(self) -> Split:
         """Return the seeded training and validation sets."""

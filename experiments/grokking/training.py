@@ -57,7 +57,9 @@ def train(recipe: Recipe, store: Path, *, progress: bool = True) -> pd.DataFrame
     split, model, curves = recipe.make_split(), recipe.make_model(), Curves()
     optimizer = recipe.make_optimizer(model)
     shuffle = torch.Generator().manual_seed(recipe.seed)
-    with explaind.trace(model, optimizer, store, resume=True, metadata={"recipe": str(recipe)}) as recorder:
+    with explaind.trace(
+        model, optimizer, store, resume=True, snapshot_every=recipe.snapshot_every, metadata={"recipe": str(recipe)}
+    ) as recorder:
         recorder.keep(shuffle, curves)
         first = recorder.restore()
         curves.rows = curves.rows[: first + 1] or [evaluate(model, split)]

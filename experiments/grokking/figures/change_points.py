@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
@@ -14,6 +15,9 @@ from explaind.plots import plot_change_points, plot_layer_shares
 from .layout import Phases, over_steps
 
 __all__ = ["change_points"]
+
+_TITLE_WIDTH = 90
+"""Characters of a line above the figure."""
 
 
 def change_points(
@@ -47,7 +51,6 @@ def change_points(
         ax.axvline(step, color="0.3", linewidth=1, linestyle=":")
     ax.legend(fontsize="small", ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     found = ", ".join(f"{row.step} ({row.low}–{row.high})" for row in points.itertuples()) or "none"
-    figure.suptitle(
-        f"Change points of the layer shares, with their intervals: {found}\ndotted: accuracies first reached"
-    )
+    title = textwrap.fill(f"Change points of the layer shares, with their intervals: {found}", _TITLE_WIDTH)
+    figure.suptitle(f"{title}\ndotted: accuracies first reached")
     return figure
