@@ -269,6 +269,8 @@ class Step:
     def _flatten(self, values: Sequence[Tensor | float]) -> Tensor:
         """Numbers and tensors of each parameter's shape as one vector."""
         vector = torch.empty_like(self.params)
+        if all(isinstance(value, float) and value == values[0] for value in values):
+            return vector.fill_(values[0])
         for parameter, value in zip(self._run.table, values, strict=True):
             tensor = torch.as_tensor(value, dtype=torch.float64, device=self._device)
             vector[parameter.slice] = tensor.reshape(-1)
