@@ -22,7 +22,7 @@ benchmarks: $(dev) ## measure what attribution costs, into docs/benchmarks.md; b
 	OMP_NUM_THREADS=1 $(python) -m tests.benchmarks
 
 test: $(dev) ## run the tests, a file on each core at a time
-	$(python) -m pytest --numprocesses auto --dist loadfile
+	$(python) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 lint: $(dev) ## check style and formatting
 	$(python) -m ruff check

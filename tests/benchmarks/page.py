@@ -87,6 +87,17 @@ products, as torch counts them. `python -m tests.benchmarks naive`
 The largest difference between their contributions is {difference} of the largest one.
 """
 
+_MACHINE = """\
+## The kernel machine is the network
+
+`explaind.PathKernelModel` computes every output of the trained network as the sum over its path, at a tolerance of 1e-4
+of each output's path, from the initial weights on. Beside it the network's own outputs. `python -m tests.benchmarks
+machine`
+
+| network | steps | inputs × outputs | error on average | at most | argmax agrees | KL, nats |
+|---|---|---|---|---|---|---|
+"""
+
 _HOT = """\
 ## Where the time goes
 
@@ -106,7 +117,13 @@ _ENVIRONMENTS = """\
 def page(results: Mapping[str, Any]) -> str:
     """The whole page; benchmarks that were not measured yet are left out."""
     parts = [_INTRODUCTION, _goals(results)]
-    sections = {"precision": lambda _: _PRECISION, "scaling": _scaling, "naive": _naive, "products": _hot}
+    sections = {
+        "precision": lambda _: _PRECISION,
+        "scaling": _scaling,
+        "naive": _naive,
+        "machine": _machine,
+        "products": _hot,
+    }
     parts += [section(results[name]["records"]) for name, section in sections.items() if name in results]
     parts.append(_environments(results))
     return "\n".join(parts)
@@ -166,6 +183,15 @@ def _naive(records: Sequence[Mapping[str, Any]]) -> str:
     columns = ("nodes", "error", "operations", "seconds")
     rows = {who: " | ".join(_number(both[who][column]) for column in columns) for who in ("published", "ours")}
     return _NAIVE.format(**{**both, **rows}, difference=_number(both["largest_difference"]))
+
+
+def _machine(records: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        f"| {r['case']} | {r['steps']:,} | {r['num_inputs']} × {r['num_outputs']} | {_number(r['mean_error'])} | "
+        f"{_number(r['max_error'])} | {r['argmax_agreement']:.1%} | {_number(r['kl'])} |\n"
+        for r in records
+    ]
+    return _MACHINE + "".join(rows)
 
 
 def _hot(records: Sequence[Mapping[str, Any]]) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 import explaind
 from examples.digits_resnet import load_digits, make_model
@@ -20,6 +21,7 @@ __all__ = [
     "Loop",
     "Problem",
     "digits",
+    "digits_mlp",
     "modular_addition",
     "modular_addition_gelu",
     "modular_addition_last_position",
@@ -143,3 +145,18 @@ def digits(size: Size, *, full_batch: bool = False) -> Problem:
         query_labels=data.test_labels,
         error_per_step=1e-4,
     )
+
+
+def digits_mlp(size: Size) -> Problem:
+    """A network of three layers with ReLU on the same digits, trained with AdamW."""
+    return replace(
+        digits(size),
+        name="digits MLP",
+        make_model=partial(_mlp, 16 * size.width),
+        make_optimizer=lambda model: AdamW(model.parameters(), lr=2e-3, weight_decay=0.1),
+    )
+
+
+def _mlp(width: int) -> nn.Module:
+    layers = [nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)]
+    return nn.Sequential(*layers)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.environment import environment
+from tests.benchmarks.machine import kernel_machine
 from tests.benchmarks.memory import memory
 from tests.benchmarks.naive import naive
 from tests.benchmarks.plans import plans
@@ -34,6 +35,7 @@ BENCHMARKS: dict[str, Callable[[Size], list[dict[str, Any]]]] = {
     "precision": precision,
     "scaling": scaling,
     "naive": naive,
+    "machine": kernel_machine,
     "storage": storage,
 }
 """Each gives plain records."""

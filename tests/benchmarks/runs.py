@@ -12,7 +12,7 @@ import explaind
 from tests.benchmarks.problems import Loop, Problem
 from tests.benchmarks.sizes import Size
 
-__all__ = ["sections", "whole"]
+__all__ = ["first_steps", "sections", "whole"]
 
 
 def sections(problem: Problem, size: Size, phases: Mapping[str, int]) -> dict[str, explaind.Run]:
@@ -28,6 +28,14 @@ def sections(problem: Problem, size: Size, phases: Mapping[str, int]) -> dict[st
             _record(loop, paths[phase], size.section)
             done = first + size.section
     return {phase: _open(problem, path) for phase, path in paths.items()}
+
+
+def first_steps(problem: Problem, size: Size, number: int) -> explaind.Run:
+    """A run from its first step on."""
+    path = _place(problem, size, f"first-{number}-steps")
+    if not path.exists():
+        _record(Loop(problem), path, number)
+    return _open(problem, path)
 
 
 def whole(problem: Problem, size: Size) -> explaind.Run:

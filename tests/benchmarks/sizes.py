@@ -51,6 +51,10 @@ class Size:
     """Sizes along each scaling curve, each twice the one before."""
     nodes: int
     """Largest number of nodes of the work-precision diagram's fixed rules."""
+    machine_steps: int
+    """Steps of the digits' runs whose kernel machines are compared with the networks."""
+    machine_queries: int
+    """About how many outputs these predict, of all their inputs together."""
     naive_recipe: Recipe
     """Of the run that the published algorithm is tried on: modular addition with all its outputs, else small."""
     naive_steps: int
@@ -80,6 +84,8 @@ FULL = Size(
     stored_networks=((64, 1000, 200), (304, 256, 100), (968, 64, 16)),
     points=4,
     nodes=32,
+    machine_steps=150,
+    machine_queries=250,
     naive_recipe=replace(paper(), num_train=8, width=32, hidden=128, unused_positions=0),
     naive_steps=24,
     naive_queries=8,
@@ -109,6 +115,8 @@ def toy(folder: Path) -> Size:
         stored_networks=((8, 5, 2),),
         points=2,
         nodes=2,
+        machine_steps=2,
+        machine_queries=10,
         naive_recipe=replace(quick(), modulus=7, num_train=4, width=8, heads=2, hidden=8),
         naive_steps=2,
         naive_queries=2,
