@@ -80,3 +80,16 @@ def test_a_model_that_makes_another_number_of_rows_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match=r"'value' needs a row of the model's output for every input; of 2 inputs"):
         run.attribute(twice, by="query")
+
+
+@pytest.mark.parametrize("number", [1, 4])
+def test_queries_of_which_some_are_in_doubt_are_divided_in_blocks(number, tmp_path, monkeypatch):
+    run, _ = record(BY_NAME["adamw-schedule"], tmp_path / "run.zarr", activation=nn.ReLU)
+    asked = query(num=20)
+    settings = {"by": BY, "tolerance": 1e-4, "dtype": torch.float32}
+    expected = run.attribute(asked, **settings)
+    in_blocks_of(number, run, asked, monkeypatch)
+    result = run.attribute(asked, **settings)
+    result.check()
+    size = float(abs(expected.dataset.contribution).sum())
+    assert float(abs(result.dataset.contribution - expected.dataset.contribution).max()) < 1e-3 * size

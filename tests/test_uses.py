@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from explaind.path import factors
 from explaind.path.factors import add_combined
 from explaind.path.gradients import combined_rows
 from explaind.path.uses import Uses
@@ -125,6 +126,25 @@ def test_rows_gradients_and_their_products_are_those_of_each_row_alone(name):
             query, row = mixed.nonzero(as_tuple=True)
             add_combined(sums, [(part, query, row, mixed[query, row].double()) for part in parts])
             torch.testing.assert_close(sums, mixed.double() @ expected.reshape(ROWS, -1), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("call_bytes", [1, 1 << 40], ids=["one by one", "at once"])
+@pytest.mark.parametrize("name", MODELS)
+def test_sums_of_rows_go_to_their_part_of_a_larger_total(name, call_bytes, dtype, monkeypatch):
+    monkeypatch.setattr(factors, "_CALL_BYTES", call_bytes)
+    model, x, weights = make(name)
+    _, uses = captured(model, x, weights)
+    mixed = torch.tensor([[0, 2.0, 0, -1.0, 0.5], [0, 0, 0, 0, 0], [1.0, 0, 0, 0, 0]], dtype=torch.float64)
+    query, row = mixed.nonzero(as_tuple=True)
+    for parameter, expected in alone(model, x, weights).items():
+        number = expected[0].numel()
+        total = torch.ones(3, number + 2, dtype=dtype)
+        parts = uses.factors(parameter)
+        add_combined(total[:, 1:-1], [(part, query, row, mixed[query, row]) for part in parts])
+        sums = 1 + mixed @ expected.reshape(ROWS, -1)
+        torch.testing.assert_close(total[:, 1:-1], sums.to(dtype), rtol=0, atol=1e-12 if dtype == mixed.dtype else 1e-5)
+        assert bool((total[:, [0, -1]] == 1).all())
 
 
 class Box:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from explaind.path.factors import Rows, block_pays, block_products, by_row, merged, times
+from explaind.path.factors import Rows, block_pays, block_products, by_row, in_place_pays, merged, times
 
 __all__ = ["Convolved"]
 
@@ -49,7 +49,7 @@ class Convolved(Rows):
 
     def add_to(self, total: Tensor, counts: Tensor) -> None:
         """See `Factors.add_to`."""
-        if self.groups > 1 or total.dtype != self.deltas.dtype:
+        if self.groups > 1 or not in_place_pays(total, self.deltas):
             super().add_to(total, counts)
             return
         matrices = total.unflatten(1, (self.shape[0], -1))

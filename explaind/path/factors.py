@@ -30,6 +30,7 @@ __all__ = [
     "block_pays",
     "block_products",
     "by_row",
+    "in_place_pays",
     "merged",
     "strategy",
     "times",
@@ -39,6 +40,8 @@ _BLOCK_BYTES = 8 << 20
 """Of the gradients that are formed at once; they should stay in the cache until they are multiplied."""
 _TRAFFIC = 16
 """Multiplications that take as long as writing and reading an entry of a formed gradient."""
+_CALL_BYTES = 16 << 10
+"""Of a matrix to which a product is added in as much time as a call takes."""
 _SHORT_SEGMENT = 8
 """Fewer rows than this for each distinct index are gathered, not sorted."""
 
@@ -231,13 +234,14 @@ class Outer(Rows):
 
     def add_to(self, total: Tensor, counts: Tensor) -> None:
         """See `Factors.add_to`."""
-        if total.dtype != self.left.dtype:  # the sums are to be rounded, not their terms
+        if not in_place_pays(total, self.left):
             super().add_to(total, counts)
             return
         matrices = total.unflatten(1, (self.left.shape[2], self.right.shape[2]))
         sides = (side.split(counts.tolist()) for side in (self.left, self.right))
         for matrix, left, right in zip(matrices, *sides, strict=True):
-            matrix.addmm_(left.flatten(end_dim=1).T, right.flatten(end_dim=1))
+            if len(left):
+                matrix.addmm_(left.flatten(end_dim=1).T, right.flatten(end_dim=1))
 
     def combined(self, weights: Tensor) -> Tensor:
         """See `Factors.combined`."""
@@ -340,6 +344,14 @@ def by_row(products: Tensor, num_rows: int) -> Tensor:
 def block_pays(num_vectors: int, num_positions: int) -> bool:
     """Whether gradients that are sums over so many positions are formed before they are multiplied."""
     return num_vectors * num_positions > num_vectors + num_positions + _TRAFFIC
+
+
+def in_place_pays(total: Tensor, factors: Tensor) -> bool:
+    """Whether the sums of `total [query, element]` are added to one by one, not made first and added at once.
+
+    Each then takes a call of its own. In another type than that of its factors a sum is rounded, not its terms.
+    """
+    return total.device.type == "cpu" and total.dtype == factors.dtype and total[0].nbytes >= _CALL_BYTES
 
 
 def block_products(factors: Any, vectors: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from explaind.path.averaged import Adjoint
 from explaind.path.products import ExampleGradients
 from explaind.path.reverse import check_example_sum
 from explaind.path.slices import complement, dot, layer_products
@@ -93,11 +94,11 @@ class ForwardSweep:
         gained += f.previous_gain * before.contribution
         return torch.stack([f.multiplied(row) for row in gained])
 
-    def terms(self, step: Step, phi: Tensor) -> StepTerms:
-        """Advance by a step and give its terms, from φ_s `[query, element]`."""
+    def terms(self, step: Step, adjoint: Adjoint) -> StepTerms:
+        """Advance by a step and give its terms, from φ_s, which of averaged weights is λ_s."""
         f, slices = step.filter, self._slices
         before, entering = self.advance(step)
-        phi = phi.to(torch.float64)
+        phi = adjoint.vectors.to(torch.float64)
         seen = torch.cat([f.adjoint(phi[:, parameter.slice], parameter) for parameter in self._run.table], dim=1)
         filtered = [(seen * f.buffer_gain, self._buffer), (seen * f.gradient_gain, entering)]
         if f.previous_gain.any():

@@ -133,15 +133,17 @@ class QueryInputs:
         tensors = [self._run.table.unflatten(end) for end in ends]
 
         def scalar(params: dict[str, Tensor], inputs: dict[str, Tensor], target: Tensor) -> Tensor:
-            assert isinstance(self._output, Output)
+            def function(*args: Any, **kwargs: Any) -> Any:
+                return self._scalars_of(self._function(*args, **kwargs), target)
+
             seen = []
             for end in tensors:
                 with watched() as arguments:
-                    self._evaluate(end, inputs, self._function)
+                    self._evaluate(end, inputs, function)
                 seen.append(arguments)
             with averaged(*seen) if seen else nullcontext():
-                output = self._output.pick(self._evaluate({**fixed, **params}, inputs, self._function))
-            return self._output.function(output, target).sum()
+                scalars: Tensor = self._evaluate({**fixed, **params}, inputs, function)
+            return scalars.sum()
 
         chosen = self._chosen(rows, next(iter(wanted.values())).dtype)
         single = {name: tensor.unsqueeze(1) for name, tensor in chosen.items()}

@@ -155,6 +155,7 @@ class _Integration:
         self._order = 2 if self._kinks and function.kinked else 2 * len(self._rule.nodes)
         self._spent = torch.zeros(len(tolerance), dtype=torch.int64, device=start.device)
         self._unit = torch.full_like(tolerance, torch.nan, dtype=torch.float64)
+        """Of the rounding of the whole segment's estimate, `[query]`; NaN where it was not asked for yet."""
         self._left = tolerance.to(torch.float64, copy=True)
         """Of the tolerance, that what is kept does not take, `[query]`."""
         self._products: Tensor | None = None

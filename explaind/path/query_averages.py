@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -39,10 +39,10 @@ class QueryAverages:
         total = torch.zeros(self._num_queries, len(self._table), dtype=torch.float64, device=update.device)
         for weights, terms in self._terms.values():
             vectors = self._table.unflatten(update.to(weights.dtype)[None])
-            by_row = total.new_zeros(weights.shape[1], len(self._table))
+            products = total.new_zeros(weights.shape[1], len(self._table))
             for place, factors in terms:
-                by_row[:, place] += factors.products(vectors[self._table.names[place]])[0]
-            total += weights.to(total.dtype) @ by_row
+                products[:, place] += factors.products(vectors[self._table.names[place]])[0]
+            total += weights.to(total.dtype) @ products
         return total
 
     def rounding(self, update: Tensor, entries: Tensor) -> Tensor:
@@ -51,15 +51,17 @@ class QueryAverages:
         for weights, terms in self._terms.values():
             sizes, vectors = weights[entries].abs(), self._table.unflatten(update.to(weights.dtype).abs()[None])
             rows = sizes.any(dim=0).nonzero()[:, 0]
-            by_row = total.new_zeros(len(rows))
+            if not len(rows):
+                continue
+            products = total.new_zeros(len(rows))
             for place, factors in terms:
-                by_row += factors.take(rows).absolute().products(vectors[self._table.names[place]])[0]
-            total += torch.finfo(weights.dtype).eps * sizes[:, rows].to(total.dtype) @ by_row
+                products += factors.take(rows).absolute().products(vectors[self._table.names[place]])[0]
+            total += torch.finfo(weights.dtype).eps * sizes[:, rows].to(total.dtype) @ products
         return total
 
-    def terms(self) -> Iterator[tuple[Tensor, Sequence[tuple[int, Factors]]]]:
+    def terms(self) -> Iterable[tuple[Tensor, Sequence[tuple[int, Factors]]]]:
         """Weights of rows `[query, row]`, and what they belong to: factors of the parameters at these places."""
-        yield from self._terms.values()
+        return self._terms.values()
 
 
 def add_parts(table: ParameterTable, total: Tensor, parts: Sequence[Part]) -> None:

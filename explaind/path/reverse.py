@@ -7,9 +7,10 @@ with φ'_s = leftᵀ · φ_s · rightᵀ, which is φ_s but for optimizers with 
 Memory is queries × D, whatever the number of examples and steps. With m_s the momentum buffer, the terms of a step sum
 to
     ⟨φ_s, Δ_s⟩ + ⟨C_s, m_{s−1}⟩ − ⟨C_{s+1}, m_s⟩,
-whose last two parts cancel between the steps, whatever they are rounded to, as the same number is taken twice. The
-first is known in float64 (`path.averaged.Adjoint`). What the arithmetic of the terms has lost of that sum is rounding,
-and must be no more than that.
+whose last two parts cancel between the steps, whatever they are rounded to, as the same number is taken twice: what
+that loses is in the rounding of one step, and with the other sign in that of the next. The first part is known in
+float64 (`path.averaged.Adjoint`). What the arithmetic of the terms has lost of that sum is rounding, and must be no
+more than that.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _ARITHMETIC_UNITS = 64
 """Rounding of the sweep's own sums, in units of the product of the norms."""
 _PART_ROWS = 256
 """Whose products are added up at once."""
-_DECAY, _OTHER, _ROUNDING, _EXAMPLES, _HELD = range(5)
+_DECAY, _OTHER, _ROUNDING, _EXAMPLES = range(4)
 
 
 class ReverseSweep:
@@ -78,19 +79,19 @@ class ReverseSweep:
 
     def skip(self, step: Step, adjoint: Adjoint) -> Tensor:
         """Pass a step whose terms are not asked for; returns their sum `[query]`."""
-        return self._together(adjoint, self._advance(step, adjoint.vectors)[_HELD]).sum(dim=1)
+        _, held = self._advance(step, adjoint.vectors)
+        return self._together(adjoint, held).sum(dim=1)
 
     def terms(self, step: Step, adjoint: Adjoint) -> StepTerms:
-        """The terms of a step, from φ_s."""
-        sums = self._advance(step, adjoint.vectors)
-        together = self._together(adjoint, sums[_HELD])
+        """The terms of a step, from φ_s, which of averaged weights is λ_s."""
+        sums, held = self._advance(step, adjoint.vectors)
+        together = self._together(adjoint, held)
         found = None if self._products is None else self._found(step)
         sums += self._on_psi(step)
-        terms = sums[:_HELD]
         omitted = together[:, -1]
-        lost = together - terms.sum(dim=0)
-        self._check_arithmetic(step, adjoint.vectors, lost, terms.abs().sum(dim=(0, 2)))
-        decay, other, rounding, from_examples = (part[:, :-1] for part in terms)
+        lost = together - sums.sum(dim=0)
+        self._check_arithmetic(step, adjoint.vectors, lost, sums.abs().sum(dim=(0, 2)))
+        decay, other, rounding, from_examples = (part[:, :-1] for part in sums)
         rounding = rounding + lost[:, :-1]
         contribution = from_examples[:, None, None]
         if found is not None:
@@ -116,23 +117,24 @@ class ReverseSweep:
         """ψ_s of the step that was fed in last, `[query, element]`."""
         return self._psi
 
-    def _advance(self, step: Step, phi: Tensor) -> Tensor:
-        """C_s and ψ_s; returns decay, other and rounding but for what ψ_s brings, and ⟨C_s, m_{s−1}⟩.
+    def _advance(self, step: Step, phi: Tensor) -> tuple[Tensor, Tensor]:
+        """Find C_s and ψ_s.
 
         Returns:
-            float64 `[5, query, column]`
+            Decay, other and rounding but for what ψ_s brings, float64 `[4, query, column]`; and ⟨C_s, m_{s−1}⟩,
+            `[query, column]`.
         """
         f = step.filter
         if self._carried.shape != phi.shape:
             self._carried, self._psi = torch.zeros_like(phi), torch.empty_like(phi)
         on_phi = _Targets(phi, {_DECAY: -f.decoupled_decay * step.params} | _errors(1, step.update_error))
         on_r = _Targets(phi, _errors(-1, step.buffer_error))
-        on_carried = _Targets(phi, {_HELD: step.buffer_before})
+        on_carried = _Targets(phi, {0: step.buffer_before})
         gain, retain, intake = (x.to(phi.dtype) for x in (f.buffer_gain, f.retain, f.intake))
         previous_gain, gradient_gain = (
             x.to(phi.dtype) if bool(x.any()) else None for x in (f.previous_gain, f.gradient_gain)
         )
-        sums = self._no_sums(phi)
+        sums, held = self._no_sums(4, phi), self._no_sums(1, phi)
         # One parameter at a time, so that what is computed stays in the cache.
         for parameter, column in self._columns:
             part = parameter.slice
@@ -142,16 +144,17 @@ class ReverseSweep:
             torch.mul(r, retain[part], out=carried)
             if previous_gain is not None:
                 carried.addcmul_(seen, previous_gain[part])
-            for targets, vectors in ((on_phi, phi[:, part]), (on_r, r), (on_carried, carried)):
-                targets.add(sums[:, :, column], vectors, part)
+            on_phi.add(sums[:, :, column], phi[:, part], part)
+            on_r.add(sums[:, :, column], r, part)
+            on_carried.add(held[:, :, column], carried, part)
             psi.mul_(intake[part])
             if gradient_gain is not None:
                 psi.addcmul_(seen, gradient_gain[part])
-        return sums
+        return sums, held[0]
 
     def _on_psi(self, step: Step) -> Tensor:
-        """What ψ_s brings to decay, other, rounding and the examples' part, float64 `[5, query, column]`."""
-        f, sums = step.filter, self._no_sums(self._psi)
+        """What ψ_s brings to decay, other, rounding and the examples' part, float64 `[4, query, column]`."""
+        f, sums = step.filter, self._no_sums(4, self._psi)
         on_psi = _Targets(
             self._psi,
             {_DECAY: -f.coupled_decay * step.params, _EXAMPLES: -f.sign * step.example_gradient_sum}
@@ -161,8 +164,8 @@ class ReverseSweep:
             on_psi.add(sums[:, :, column], self._psi[:, parameter.slice], parameter.slice)
         return sums
 
-    def _no_sums(self, like: Tensor) -> Tensor:
-        return torch.zeros(5, len(like), len(self._slices) + 1, dtype=torch.float64, device=like.device)
+    def _no_sums(self, number: int, like: Tensor) -> Tensor:
+        return torch.zeros(number, len(like), len(self._slices) + 1, dtype=torch.float64, device=like.device)
 
     def _together(self, adjoint: Adjoint, held: Tensor) -> Tensor:
         """⟨φ_s, Δ_s⟩ + ⟨C_s, m_{s−1}⟩ − ⟨C_{s+1}, m_s⟩, `[query, column]`, where `held` is the second."""

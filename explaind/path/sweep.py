@@ -89,7 +89,8 @@ class Sweep:
         self.path_length = changes.sum(dim=1)
         """Summed absolute changes of q along the path, `[query]`."""
         self._tolerance = step_tolerances(changes, self.values.abs().amax(dim=1, keepdim=True), tolerance)
-        self._columns = [layer_of(parameter, slices) for parameter in run.table]
+        layers = [layer_of(parameter, slices) for parameter in run.table]
+        self._columns = [len(slices) if layer is None else layer for layer in layers]
         self._rounded: dict[int, Tensor] = {}
         """What the average gradients of wanted steps lost when they were rounded to their type, `[query, layer]`."""
         self.omitted = torch.zeros(function.num_queries, dtype=torch.float64, device=device)
@@ -147,7 +148,7 @@ class Sweep:
             index = step.index
             if index in self._wanted:
                 adjoint = held.pop(index) if self._path.averaged else self._adjoint(step)
-                terms = sweep.terms(step, adjoint.vectors)
+                terms = sweep.terms(step, adjoint)
                 self.omitted += terms.omitted
                 yield index, self._with_rounding(index, terms)
             else:
@@ -159,9 +160,9 @@ class Sweep:
         """⟨λ_s, Δ_s⟩ for optimizers without a rule: exact by step and layer, with nothing told apart in it."""
         batch_gradient(self._run, self._run.num_steps - 1)  # nothing else here would notice another forward pass
         for step, adjoint in self._wanted_backward():
-            change = self._by_layer(adjoint.products)
+            change, rest = self._by_layer(adjoint.products)
             nothing = torch.zeros_like(change)
-            self.omitted += adjoint.change - change.sum(dim=1)
+            self.omitted += rest
             terms = StepTerms(
                 contribution=change[:, None, None],
                 decay=nothing,
@@ -248,18 +249,17 @@ class Sweep:
                 "rounding may take when they were put together."
             )
         if step in self._wanted:
-            self._rounded[step] = self._by_layer(lost)
-            self.omitted += lost.sum(dim=1) - self._rounded[step].sum(dim=1)
+            self._rounded[step], rest = self._by_layer(lost)
+            self.omitted += rest
         else:
             self.omitted += lost.sum(dim=1)
 
-    def _by_layer(self, by_parameter: Tensor) -> Tensor:
-        """Sums over the parameters of each layer, `[query, layer]`."""
-        total = by_parameter.new_zeros(len(by_parameter), len(self._slices))
-        for column, layer in enumerate(self._columns):
-            if layer is not None:
-                total[:, layer] += by_parameter[:, column]
-        return total
+    def _by_layer(self, by_parameter: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums over the parameters of each layer, `[query, layer]`, and over those of none, `[query]`."""
+        total = by_parameter.new_zeros(len(by_parameter), len(self._slices) + 1)
+        for place, column in enumerate(self._columns):
+            total[:, column] += by_parameter[:, place]
+        return total[:, :-1], total[:, -1]
 
     def _with_rounding(self, step: int, terms: StepTerms) -> StepTerms:
         return replace(terms, rounding=terms.rounding + self._rounded.pop(step, 0.0))

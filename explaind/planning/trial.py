@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -49,6 +50,8 @@ class Trial:
     ) -> None:
         self._request, self._run, self._function, self._products = request, request.run, function, products
         self._path, self._meter = request.new_path(), meter
+        self._phi: Tensor | None = None
+        """Memory of the gradients, as in a sweep."""
         self._known, self._trusts = all(self._run.rules), False
         self._known_steps = dict(self._run.examples_alone)
         self._skips = self._known and len(request.wanted) < self._run.num_steps
@@ -69,7 +72,7 @@ class Trial:
                 self._replay(index)
             with self._meter.timed(TERMS):
                 self._terms(index, phi)
-            integrals.append(integral)
+            integrals.append(replace(integral, gradient=integral.gradient.new_empty(0)))
         if self._skips:
             with self._meter.timed(SKIPPED):
                 self._skip(index, phi)
@@ -121,7 +124,11 @@ class Trial:
     def _integrate(self, index: int, change: tuple[Tensor, Tensor], tolerance: Tensor) -> StepIntegral:
         start, move = self._path.segment(self._step(index))
         rule = self._request.rule
-        return integrate(self._function, start, move, change=change, tolerance=tolerance, quadrature=rule)
+        integral = integrate(
+            self._function, start, move, change=change, tolerance=tolerance, quadrature=rule, out=self._phi
+        )
+        self._phi = integral.gradient
+        return integral
 
     def _replay(self, index: int) -> bool:
         """Find out what is in a step's gradient, if nothing is asked of its rows."""
@@ -134,12 +141,9 @@ class Trial:
             step.trust()
         if self._known:
             sweep = self._sweep(index)
-            if isinstance(sweep, ForwardSweep):
-                terms = sweep.terms(step, phi)
-            else:
-                terms = sweep.terms(step, adjoint)
-                if self._request.elements is not None:
-                    terms = split_by_element(terms, step, phi, sweep.psi, self._request.elements)
+            terms = sweep.terms(step, adjoint)
+            if self._request.elements is not None and isinstance(sweep, ReverseSweep):
+                terms = split_by_element(terms, step, phi, sweep.psi, self._request.elements)
             by_factors = isinstance(self._products, FactorProducts) and self._request.steps_axis != "update_step"
             self._trusts = by_factors and not self._request.sources.restricted and step.is_the_examples
             self._run.examples_alone = dict(self._known_steps)  # each of them is replayed as if for the first time
