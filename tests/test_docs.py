@@ -4,6 +4,7 @@ import doctest
 import importlib
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,8 @@ def test_the_format_pages_snippets_read_a_run(tmp_path):
 @pytest.mark.filterwarnings("default")  # of the notebook machinery, not ours
 def test_notebooks_run(notebook, tmp_path):
     (tmp_path / "notebooks").mkdir()
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    shutil.copytree(ROOT / "storage" / "sample.zarr", tmp_path / "storage" / "sample.zarr")
     content = nbformat.read(notebook, as_version=4)
     client = NotebookClient(
         content, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path / "notebooks"}}
