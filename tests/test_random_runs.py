@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
@@ -268,6 +269,7 @@ def check_order(run, name, choice, loop, shuffled):
     assert float(np.abs(one - two).max()) <= 1e-6 * max(float(np.abs(one).sum()), 1e-3)
 
 
+@pytest.mark.timeout(1800)  # 500 runs take some minutes on an idle machine
 @drawn
 @given(
     name=st.sampled_from(sorted(MODELS)),

@@ -176,12 +176,13 @@ def test_an_interrupt_while_the_loop_waits_for_the_writer_loses_no_step(tmp_path
     assert run.verify().bit_exact
 
 
-def test_nothing_is_lost_if_the_interpreter_ends_within_the_block(tmp_path):
+@pytest.mark.parametrize("cheap_seconds", [1e9, 0.0], ids=["published at once", "postponed"])
+def test_nothing_is_lost_if_the_interpreter_ends_within_the_block(cheap_seconds, tmp_path):
     code = f"""
 import torch, explaind
 from explaind.recording import writer
 from tests.test_writer import make, step_on
-writer._BLOCK_BYTES = 1
+writer._BLOCK_BYTES, writer._CHEAP_SECONDS, writer._SHARE = 1, {cheap_seconds}, 1e-9
 model, optimizer = make()
 recorder = explaind.trace(model, optimizer, {str(tmp_path / "run")!r}).__enter__()
 for number in range(5):

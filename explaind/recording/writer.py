@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import errno
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,8 @@ class StoreWriter:
         except BaseException:
             self._lock.release()
             raise
+        self._process = os.getpid()
+        atexit.register(self._publish_last)
 
     # ------------------------------------------------------------------ in the thread of the loop
 
@@ -173,6 +177,14 @@ class StoreWriter:
         finally:
             self._thread.shutdown()
             self._lock.release()
+            atexit.unregister(self._publish_last)
+
+    def _publish_last(self) -> None:
+        """The interpreter ends, and nobody has closed: publish what is written, however shortly before."""
+        is_ours = self._process == os.getpid() and isinstance(self.path, Path)  # else it is the process that forked
+        if is_ours and self._written.done() and self._written.exception() is None:
+            with suppress(OSError):
+                self._commit(complete=False)
 
     # ------------------------------------------------------------------ in the thread of its own
 
