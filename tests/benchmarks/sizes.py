@@ -85,7 +85,7 @@ FULL = Size(
     points=4,
     nodes=32,
     machine_steps=150,
-    machine_queries=250,
+    machine_queries=120,
     naive_recipe=replace(paper(), num_train=8, width=32, hidden=128, unused_positions=0),
     naive_steps=24,
     naive_queries=8,
