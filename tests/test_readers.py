@@ -57,7 +57,7 @@ def fork(action):
 write(f"{path}.first", lambda steps: steps == 2)
 read(f"{path}.first", 0, 1)  # the first time takes longer
 until = time.monotonic() + seconds
-readers = [fork(lambda: print(read(path, until, 3), flush=True)) for _ in range(int(sys.argv[3]))]
+readers = [fork(lambda: print(f"{read(path, until, 3)}\\n", end="", flush=True)) for _ in range(int(sys.argv[3]))]
 writing = fork(lambda: write(path, lambda steps: os.path.exists(f"{path}.stop")))
 failed = [os.waitpid(child, 0)[1] for child in readers]
 open(f"{path}.stop", "w").close()

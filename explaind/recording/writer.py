@@ -8,10 +8,12 @@ import errno
 import os
 import shutil
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +116,9 @@ class StoreWriter:
             self._lock.release()
             raise
         self._process = os.getpid()
-        atexit.register(self._publish_last)
+        # It must not keep alive what nobody uses any more, as that holds the lock.
+        self._at_exit = partial(_publish_last, weakref.ref(self))
+        atexit.register(self._at_exit)
 
     # ------------------------------------------------------------------ in the thread of the loop
 
@@ -177,9 +181,9 @@ class StoreWriter:
         finally:
             self._thread.shutdown()
             self._lock.release()
-            atexit.unregister(self._publish_last)
+            atexit.unregister(self._at_exit)
 
-    def _publish_last(self) -> None:
+    def publish_last(self) -> None:
         """The interpreter ends, and nobody has closed: publish what is written, however shortly before."""
         is_ours = self._process == os.getpid() and isinstance(self.path, Path)  # else it is the process that forked
         if is_ours and self._written.done() and self._written.exception() is None:
@@ -386,3 +390,9 @@ class StoreWriter:
             new.append(change(old.read(start, stop), start))
         new.settle()
         return new
+
+
+def _publish_last(writer: weakref.ref[StoreWriter]) -> None:
+    """At the end of the interpreter, if the writer is still there."""
+    if (found := writer()) is not None:
+        found.publish_last()
