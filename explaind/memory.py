@@ -22,7 +22,7 @@ __all__ = ["queries_at_once", "working_set"]
 _FORWARD_VECTORS, _REVERSE_VECTORS, _PATH_VECTORS = 5, 4, 2
 """Of the parameters' size for each query: with buffers (float64), by adjoints, and for optimizers without a rule.
 
-Adjoints are φ, C and ψ, and what φ is put together from."""
+Adjoints are φ, r and C, and what φ is put together from; ψ comes on top where it is needed."""
 _ELEMENT_VECTORS = 4
 """Of as many numbers as there are elements to be told apart for each query, float64: two terms, and what they are made
 of."""
@@ -42,7 +42,7 @@ def working_set(request: Request) -> WorkingSet:
     if by_update_step:
         vectors = (_FORWARD_VECTORS + averaged * len(request.wanted)) * vector
     else:
-        kept = _REVERSE_VECTORS if all(run.rules) else _PATH_VECTORS
+        kept = _REVERSE_VECTORS + (has_rows or request.elements is not None) if all(run.rules) else _PATH_VECTORS
         vectors = kept * dtype.itemsize * run.table.num_elements + 2 * averaged * vector
     # The products, their sum in float64, and the block that it is entered into; on its way to a store, also the last.
     entered = 8 if request.out is None else 16

@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call
 
 from explaind.path import factors
-from explaind.path.factors import add_combined
+from explaind.path.factors import Terms, add_combined
 from explaind.path.gradients import combined_rows
 from explaind.path.uses import Uses
 
@@ -124,15 +124,18 @@ def test_rows_gradients_and_their_products_are_those_of_each_row_alone(name):
         for mixed in (torch.eye(ROWS)[[4, 2]], torch.tensor([[0.0, 2.0, 0.0, -1.0, 0.5], [1.0, 0.0, 0.0, 0.0, 0.0]])):
             sums = torch.zeros(2, expected[0].numel(), dtype=torch.float64)
             query, row = mixed.nonzero(as_tuple=True)
-            add_combined(sums, [(part, query, row, mixed[query, row].double()) for part in parts])
+            add_combined(sums, [(part, Terms(query, row, mixed[query, row].double(), ROWS)) for part in parts])
             torch.testing.assert_close(sums, mixed.double() @ expected.reshape(ROWS, -1), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("call_bytes", [1, 1 << 40], ids=["one by one", "at once"])
+@pytest.mark.parametrize(
+    "call_bytes, few", [(1, 2), (1 << 40, 2), (1 << 40, 0)], ids=["products", "rows", "sums of as many rows"]
+)
 @pytest.mark.parametrize("name", MODELS)
-def test_sums_of_rows_go_to_their_part_of_a_larger_total(name, call_bytes, dtype, monkeypatch):
+def test_sums_of_rows_go_to_their_part_of_a_larger_total(name, call_bytes, few, dtype, monkeypatch):
     monkeypatch.setattr(factors, "_CALL_BYTES", call_bytes)
+    monkeypatch.setattr(factors, "_FEW", few)
     model, x, weights = make(name)
     _, uses = captured(model, x, weights)
     mixed = torch.tensor([[0, 2.0, 0, -1.0, 0.5], [0, 0, 0, 0, 0], [1.0, 0, 0, 0, 0]], dtype=torch.float64)
@@ -141,7 +144,7 @@ def test_sums_of_rows_go_to_their_part_of_a_larger_total(name, call_bytes, dtype
         number = expected[0].numel()
         total = torch.ones(3, number + 2, dtype=dtype)
         parts = uses.factors(parameter)
-        add_combined(total[:, 1:-1], [(part, query, row, mixed[query, row]) for part in parts])
+        add_combined(total[:, 1:-1], [(part, Terms(query, row, mixed[query, row], ROWS)) for part in parts])
         sums = 1 + mixed @ expected.reshape(ROWS, -1)
         torch.testing.assert_close(total[:, 1:-1], sums.to(dtype), rtol=0, atol=1e-12 if dtype == mixed.dtype else 1e-5)
         assert bool((total[:, [0, -1]] == 1).all())

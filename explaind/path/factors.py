@@ -13,7 +13,7 @@ the traffic of writing and reading g_k. They are equal up to rounding.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
@@ -26,6 +26,7 @@ __all__ = [
     "Outer",
     "Rows",
     "Summed",
+    "Terms",
     "add_combined",
     "block_pays",
     "block_products",
@@ -42,6 +43,8 @@ _TRAFFIC = 16
 """Multiplications that take as long as writing and reading an entry of a formed gradient."""
 _CALL_BYTES = 16 << 10
 """Of a matrix to which a product is added in as much time as a call takes."""
+_FEW = 2
+"""Rows for each query on average, which are worth no grouping by their number."""
 _SHORT_SEGMENT = 8
 """Fewer rows than this for each distinct index are gathered, not sorted."""
 
@@ -106,25 +109,47 @@ class Factors(Protocol):
         ...
 
 
-def add_combined(total: Tensor, parts: Sequence[tuple[Factors, Tensor, Tensor, Tensor]]) -> None:
+@dataclass(frozen=True, eq=False)
+class Terms:
+    """Which rows are added up, with which weights, to which queries' sums."""
+
+    query: Tensor
+    """`[term]`"""
+    row: Tensor
+    """`[term]`"""
+    weights: Tensor
+    """`[term]`"""
+    num_rows: int
+    """Of the factors whose rows they are."""
+
+    @staticmethod
+    def together(*several: Terms) -> Terms:
+        """Those of factors whose rows come one after the other, by ascending query."""
+        query = torch.cat([each.query for each in several])
+        first = itertools.accumulate((each.num_rows for each in several[:-1]), initial=0)
+        row = torch.cat([each.row + start for each, start in zip(several, first, strict=True)])
+        weights, order = torch.cat([each.weights for each in several]), query.argsort(stable=True)
+        return Terms(query[order], row[order], weights[order], sum(each.num_rows for each in several))
+
+
+def add_combined(
+    total: Tensor, parts: Sequence[tuple[Factors, Terms]], together: Callable[..., Terms] = Terms.together
+) -> None:
     """Add sums of rows' gradients to `total [query, element]`.
 
     Args:
         total: changed in place.
-        parts: factors; and of every term the query, the row and its weight, `[term]` each.
+        parts: factors, and what is added up of their rows.
+        together: `Terms.together`, which may remember what it made for other parameters.
     """
-    alike: dict[Any, list[tuple[Factors, Tensor, Tensor, Tensor]]] = {}
+    alike: dict[Any, list[tuple[Factors, Terms]]] = {}
     for part in parts:
         alike.setdefault(part[0].kind, []).append(part)
     for group in alike.values():
-        members = [factors for factors, *_ in group]
-        first = itertools.accumulate((factors.num_rows for factors in members[:-1]), initial=0)
-        query = torch.cat([query for _, query, _, _ in group])
-        weights = torch.cat([weights for *_, weights in group])
-        row = torch.cat([own + start for (*_, own, _), start in zip(group, first, strict=True)])
-        order = query.argsort(stable=True)
-        chosen = members[0].joined(members[1:]).take(row[order]).scaled(weights[order])
-        chosen.add_to(total, torch.bincount(query, minlength=len(total)))
+        first, *others = [factors for factors, _ in group]
+        terms = together(*(terms for _, terms in group))
+        chosen = first.joined(others).take(terms.row).scaled(terms.weights)
+        chosen.add_to(total, torch.bincount(terms.query, minlength=len(total)))
 
 
 class Rows:
@@ -142,6 +167,10 @@ class Rows:
 
     def add_to(self: Factors, total: Tensor, counts: Tensor) -> None:
         """See `Factors.add_to`."""
+        if self._adds_one_by_one(total):
+            query = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+            total.index_add_(0, query, self.gradients().reshape(len(query), -1))
+            return
         first = counts.cumsum(0) - counts
         for count in counts[counts > 0].unique().tolist():
             chosen = (counts == count).nonzero()[:, 0]
@@ -151,6 +180,11 @@ class Rows:
                 total += sums
             else:
                 total[chosen] += sums
+
+    def _adds_one_by_one(self, total: Tensor) -> bool:
+        """Whether the rows, small and few, are added in less time than the calls take that sum some of them first."""
+        is_small = total[0].nbytes < _CALL_BYTES and self.num_rows <= _FEW * len(total)
+        return is_small and all(t.dtype == total.dtype for t in self._tensors.values() if t.is_floating_point())
 
     @property
     def kind(self) -> Any:

@@ -92,14 +92,14 @@ class ForwardSweep:
         before, entering = self.advance(step)
         gained = f.buffer_gain * self._buffer.contribution + f.gradient_gain * entering.contribution
         gained += f.previous_gain * before.contribution
-        return torch.stack([f.multiplied(row) for row in gained])
+        return f.multiplied(gained)
 
     def terms(self, step: Step, adjoint: Adjoint) -> StepTerms:
         """Advance by a step and give its terms, from φ_s, which of averaged weights is λ_s."""
         f, slices = step.filter, self._slices
         before, entering = self.advance(step)
         phi = adjoint.vectors.to(torch.float64)
-        seen = torch.cat([f.adjoint(phi[:, parameter.slice], parameter) for parameter in self._run.table], dim=1)
+        seen = f.adjoint(phi)
         filtered = [(seen * f.buffer_gain, self._buffer), (seen * f.gradient_gain, entering)]
         if f.previous_gain.any():
             filtered.append((seen * f.previous_gain, before))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from explaind.parameters import ParameterTable
-from explaind.path.factors import Factors, add_combined
+from explaind.path.factors import Factors, Terms, add_combined
 from explaind.path.intervals import Part
 
 __all__ = ["QueryAverages", "add_parts"]
@@ -66,13 +67,14 @@ class QueryAverages:
 
 def add_parts(table: ParameterTable, total: Tensor, parts: Sequence[Part]) -> None:
     """Put the gradients of parts of a step together, in `total [query, element]`."""
-    found: list[list[tuple[Factors, Tensor, Tensor, Tensor]]] = [[] for _ in table]
+    found: list[list[tuple[Factors, Terms]]] = [[] for _ in table]
     for part in parts:
-        for weights, terms in part.averages.terms():
+        for weights, own in part.averages.terms():
             every = part.weights.to(weights.dtype)[:, None] * weights
             entry, row = every.nonzero(as_tuple=True)
-            query, weight = part.which[entry], every[entry, row]
-            for place, factors in terms:
-                found[place].append((factors, query, row, weight))
-    for parameter, own in zip(table, found, strict=True):
-        add_combined(total[:, parameter.slice], own)
+            terms = Terms(part.which[entry], row, every[entry, row], every.shape[1])
+            for place, factors in own:
+                found[place].append((factors, terms))
+    together = functools.cache(Terms.together)  # parameters share what they are made of
+    for parameter, each in zip(table, found, strict=True):
+        add_combined(total[:, parameter.slice], each, together)

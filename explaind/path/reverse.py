@@ -15,7 +15,8 @@ more than that.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ _ARITHMETIC_UNITS = 64
 """Rounding of the sweep's own sums, in units of the product of the norms."""
 _PART_ROWS = 256
 """Whose products are added up at once."""
-_DECAY, _OTHER, _ROUNDING, _EXAMPLES = range(4)
+_DECAY, _OTHER, _ROUNDING, _EXAMPLES, _HELD = range(5)
 
 
 class ReverseSweep:
@@ -71,23 +72,26 @@ class ReverseSweep:
         self._run, self._products, self._sources, self._slices = run, products, sources, slices
         self._num_tokens, self._first = num_tokens, first
         # What belongs to no layer that was asked for has a column of its own, the last.
-        layers = [(parameter, layer_of(parameter, slices)) for parameter in run.table]
-        self._columns = [(parameter, len(slices) if layer is None else layer) for parameter, layer in layers]
-        self._carried = self._psi = torch.empty(0)
+        layers = [layer_of(parameter, slices) for parameter in run.table]
+        self._columns = torch.tensor([len(slices) if layer is None else layer for layer in layers])
+        self._carried = self._r = self._psi = torch.empty(0)
+        self._has_psi = False
         self._held: Tensor | None = None
         """⟨C_{s+1}, m_s⟩ of the step that was fed in last, `[query, column]`."""
 
     def skip(self, step: Step, adjoint: Adjoint) -> Tensor:
         """Pass a step whose terms are not asked for; returns their sum `[query]`."""
-        _, held = self._advance(step, adjoint.vectors)
+        self._advance(step, adjoint.vectors)
+        (held,) = sums = self._no_sums(1, adjoint.vectors)
+        self._add_products(sums, self._carried, {0: step.buffer_before})
         return self._together(adjoint, held).sum(dim=1)
 
     def terms(self, step: Step, adjoint: Adjoint) -> StepTerms:
         """The terms of a step, from φ_s, which of averaged weights is λ_s."""
-        sums, held = self._advance(step, adjoint.vectors)
-        together = self._together(adjoint, held)
+        self._advance(step, adjoint.vectors)
         found = None if self._products is None else self._found(step)
-        sums += self._on_psi(step)
+        *sums, held = self._sums(step, adjoint.vectors)
+        together, sums = self._together(adjoint, held), torch.stack(sums)
         omitted = together[:, -1]
         lost = together - sums.sum(dim=0)
         self._check_arithmetic(step, adjoint.vectors, lost, sums.abs().sum(dim=(0, 2)))
@@ -114,55 +118,70 @@ class ReverseSweep:
 
     @property
     def psi(self) -> Tensor:
-        """ψ_s of the step that was fed in last, `[query, element]`."""
+        """ψ_s of the step that was fed in last, `[query, element]`; made when it is first asked for."""
+        if not self._has_psi:
+            if self._psi.shape != self._r.shape:
+                self._psi = torch.empty_like(self._r)
+            intake, seen, gradient_gain = self._entering
+            torch.mul(self._r, intake, out=self._psi)
+            if gradient_gain is not None:
+                self._psi.addcmul_(seen, gradient_gain)
+            self._has_psi = True
         return self._psi
 
-    def _advance(self, step: Step, phi: Tensor) -> tuple[Tensor, Tensor]:
-        """Find C_s and ψ_s.
-
-        Returns:
-            Decay, other and rounding but for what ψ_s brings, float64 `[4, query, column]`; and ⟨C_s, m_{s−1}⟩,
-            `[query, column]`.
-        """
+    def _advance(self, step: Step, phi: Tensor) -> None:
+        """Find r_s and C_s."""
         f = step.filter
         if self._carried.shape != phi.shape:
-            self._carried, self._psi = torch.zeros_like(phi), torch.empty_like(phi)
-        on_phi = _Targets(phi, {_DECAY: -f.decoupled_decay * step.params} | _errors(1, step.update_error))
-        on_r = _Targets(phi, _errors(-1, step.buffer_error))
-        on_carried = _Targets(phi, {0: step.buffer_before})
+            self._carried, self._r = torch.zeros_like(phi), torch.empty_like(phi)
+        seen = f.adjoint(phi)
         gain, retain, intake = (x.to(phi.dtype) for x in (f.buffer_gain, f.retain, f.intake))
         previous_gain, gradient_gain = (
             x.to(phi.dtype) if bool(x.any()) else None for x in (f.previous_gain, f.gradient_gain)
         )
-        sums, held = self._no_sums(4, phi), self._no_sums(1, phi)
-        # One parameter at a time, so that what is computed stays in the cache.
-        for parameter, column in self._columns:
-            part = parameter.slice
-            seen = f.adjoint(phi[:, part], parameter)
-            carried, psi = self._carried[:, part], self._psi[:, part]
-            r = torch.addcmul(carried, seen, gain[part], out=psi)
-            torch.mul(r, retain[part], out=carried)
-            if previous_gain is not None:
-                carried.addcmul_(seen, previous_gain[part])
-            on_phi.add(sums[:, :, column], phi[:, part], part)
-            on_r.add(sums[:, :, column], r, part)
-            on_carried.add(held[:, :, column], carried, part)
-            psi.mul_(intake[part])
-            if gradient_gain is not None:
-                psi.addcmul_(seen, gradient_gain[part])
-        return sums, held[0]
+        torch.addcmul(self._carried, seen, gain, out=self._r)
+        torch.mul(self._r, retain, out=self._carried)
+        if previous_gain is not None:
+            self._carried.addcmul_(seen, previous_gain)
+        self._entering, self._has_psi = (intake, seen, gradient_gain), False
 
-    def _on_psi(self, step: Step) -> Tensor:
-        """What ψ_s brings to decay, other, rounding and the examples' part, float64 `[4, query, column]`."""
-        f, sums = step.filter, self._no_sums(4, self._psi)
-        on_psi = _Targets(
-            self._psi,
-            {_DECAY: -f.coupled_decay * step.params, _EXAMPLES: -f.sign * step.example_gradient_sum}
-            | _errors(-f.sign, step.foreign_gradient),
-        )
-        for parameter, column in self._columns:
-            on_psi.add(sums[:, :, column], self._psi[:, parameter.slice], parameter.slice)
+    def _sums(self, step: Step, phi: Tensor) -> Tensor:
+        """Decay, other, rounding, the examples' part, and ⟨C_s, m_{s−1}⟩, float64 `[5, query, column]`.
+
+        As C_s and ψ_s are sums of r_s and φ'_s, their products with vectors are products of those two.
+        """
+        f, sums = step.filter, self._no_sums(5, phi)
+        on_phi = {_DECAY: -f.decoupled_decay * step.params} | _errors(1, step.update_error)
+        on_carried = {_HELD: step.buffer_before}
+        on_psi = {_DECAY: -f.coupled_decay * step.params, _EXAMPLES: -f.sign * step.example_gradient_sum}
+        on_psi |= _errors(-f.sign, step.foreign_gradient)
+        self._add_products(sums, phi, on_phi)
+        on_r = _errors(-1, step.buffer_error)
+        self._add_products(sums, self._r, on_r, _times(f.retain, on_carried), _times(f.intake, on_psi))
+        _, seen, _ = self._entering
+        self._add_products(sums, seen, _times(f.previous_gain, on_carried), _times(f.gradient_gain, on_psi))
         return sums
+
+    def _add_products(self, sums: Tensor, vectors: Tensor, *flat: Mapping[int, Tensor]) -> None:
+        """Add products of `vectors [query, element]` with flat ones to `sums [place, query, column]`, at their places.
+
+        Args:
+            sums: changed in place.
+            vectors: of the queries.
+            flat: by place, `[element]`; of several with the same place it is their sum.
+        """
+        total: dict[int, Tensor] = {}
+        for place, vector in itertools.chain.from_iterable(each.items() for each in flat):
+            if bool(vector.any()):
+                total[place] = total[place] + vector if place in total else vector
+        if not total:
+            return
+        stacked = torch.stack(list(total.values())).to(vectors.dtype)
+        products = vectors.new_empty(len(self._run.table), len(stacked), len(vectors))
+        for parameter, own in zip(self._run.table, products, strict=True):
+            torch.mm(stacked[:, parameter.slice], vectors[:, parameter.slice].T, out=own)
+        for place, by_parameter in zip(total, products.to(sums.dtype).unbind(dim=1), strict=True):
+            sums[place].index_add_(1, self._columns.to(sums.device), by_parameter.T)
 
     def _no_sums(self, number: int, like: Tensor) -> Tensor:
         return torch.zeros(number, len(like), len(self._slices) + 1, dtype=torch.float64, device=like.device)
@@ -170,8 +189,7 @@ class ReverseSweep:
     def _together(self, adjoint: Adjoint, held: Tensor) -> Tensor:
         """⟨φ_s, Δ_s⟩ + ⟨C_s, m_{s−1}⟩ − ⟨C_{s+1}, m_s⟩, `[query, column]`, where `held` is the second."""
         total = held.clone()
-        for place, (_, column) in enumerate(self._columns):
-            total[:, column] += adjoint.products[:, place]
+        total.index_add_(1, self._columns.to(total.device), adjoint.products)
         if self._held is not None:
             total -= self._held
         self._held = held
@@ -193,8 +211,11 @@ class ReverseSweep:
         missing = lost.abs().sum(dim=1)
         if bool((missing <= unit * size).all()):
             return
-        pairs = ((phi, step.update), (self._carried, step.buffer_before), (self._psi, step.gradient))
-        size = size + sum(vectors.norm(dim=1) * flat.norm() for vectors, flat in pairs)
+        on_r = step.buffer_after.norm() + (step.filter.intake * step.gradient).norm()
+        on_phi = step.update.norm() + (step.filter.buffer_gain * step.buffer_after).norm()
+        on_phi += (step.filter.gradient_gain * step.gradient).norm()
+        pairs = ((phi, on_phi), (self._r, on_r), (self._carried, step.buffer_before.norm()))
+        size = size + sum(vectors.norm(dim=1) * norm for vectors, norm in pairs)
         if not bool((missing <= unit * size).all()):
             raise VerificationError(
                 f"the terms of step {step.index} miss what it did by {float((missing / size).max()):.1e} of their "
@@ -205,7 +226,7 @@ class ReverseSweep:
         """The examples' contributions and their sizes, what was multiplied with their gradients, and its precision."""
         assert self._products is not None
         while True:
-            f, psi = step.filter, self._psi
+            f, psi = step.filter, self.psi
             weights = psi if step.is_unscaled else psi * (f.sign * step.gradient_scale).to(psi.dtype)
             try:
                 return *self._contributions(step, weights), weights, self._products.precision
@@ -233,23 +254,14 @@ class ReverseSweep:
                 yield source, self._products.products(step, number, rows, weights, self._slices)
 
 
-class _Targets:
-    """Vectors `[element]` that others are multiplied with, and where the products are added; zero ones are left out."""
-
-    def __init__(self, like: Tensor, vectors: dict[int, Tensor]) -> None:
-        kept = {target: vector for target, vector in vectors.items() if bool(vector.any())}
-        self._targets = list(kept)
-        self._stacked = torch.stack(list(kept.values())).to(like.dtype) if kept else None
-
-    def add(self, sums: Tensor, vectors: Tensor, part: slice) -> None:
-        """Add the products with `vectors [query, part]` to `sums [target, query]`."""
-        if self._stacked is not None:
-            sums[self._targets] += (self._stacked[:, part] @ vectors.T).to(sums.dtype)
-
-
 def _errors(sign: Tensor | int, pair: tuple[Tensor, Tensor]) -> dict[int, Tensor]:
     """A pair (other, rounding) of vectors by their targets."""
     return {_OTHER: sign * pair[0], _ROUNDING: sign * pair[1]}
+
+
+def _times(factor: Tensor, vectors: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Vectors by their targets, each times a factor; none if that is zero."""
+    return {target: factor * vector for target, vector in vectors.items()} if bool(factor.any()) else {}
 
 
 def check_example_sum(

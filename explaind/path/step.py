@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from explaind.errors import ModelMismatchError
 from explaind.optimizers import LinearFilter, ParameterStep
-from explaind.parameters import Parameter, ParameterTable
+from explaind.parameters import ParameterTable
 from explaind.path.gradients import ReplayedStep, recorded_rescaling, replay_step
 from explaind.path.uses import Uses
 from explaind.replay.call import SAME_GRADIENT
@@ -45,27 +45,23 @@ class FlatFilter:
     """The matrices on the left and on the right of the parameters that have any, by name."""
 
     def multiplied(self, vector: Tensor) -> Tensor:
-        """The products left · v · right of every parameter, for v `[element]`."""
-        products = vector.clone() if self.factors else vector
+        """The products left · v · right of every parameter, for v `[…, element]`."""
+        return self._between(vector, lambda factor: factor)
+
+    def adjoint(self, phi: Tensor) -> Tensor:
+        """leftᵀ · φ · rightᵀ of every parameter, for φ `[…, element]`: ⟨φ, left · v · right⟩ = ⟨adjoint(φ), v⟩."""
+        return self._between(phi, lambda factor: factor.T)
+
+    def _between(self, vectors: Tensor, turned: Callable[[Tensor], Tensor]) -> Tensor:
+        """The products of every parameter's part with its factors, as they are or transposed."""
+        products = vectors.clone() if self.factors else vectors
         for name, (left, right) in self.factors.items():
             parameter = self.table[self.table.names.index(name)]
-            matrix = vector[parameter.slice].unflatten(-1, parameter.shape)
-            products[parameter.slice] = _between(matrix, left, right).flatten()
+            matrix = vectors[..., parameter.slice].unflatten(-1, parameter.shape)
+            matrix = matrix if left is None else turned(left).to(matrix.dtype) @ matrix
+            matrix = matrix if right is None else matrix @ turned(right).to(matrix.dtype)
+            products[..., parameter.slice] = matrix.flatten(start_dim=-2)
         return products
-
-    def adjoint(self, phi: Tensor, parameter: Parameter) -> Tensor:
-        """leftᵀ · φ · rightᵀ of one parameter, for φ `[query, element]`: ⟨φ, left · v · right⟩ = ⟨adjoint(φ), v⟩."""
-        left, right = self.factors.get(parameter.name, (None, None))
-        if left is None and right is None:
-            return phi
-        transposed = (None if factor is None else factor.T.to(phi.dtype) for factor in (left, right))
-        return _between(phi.unflatten(-1, parameter.shape), *transposed).flatten(start_dim=-2)
-
-
-def _between(matrix: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """The product left · matrix · right with the factors that there are."""
-    matrix = matrix if left is None else left @ matrix
-    return matrix if right is None else matrix @ right
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,6 +347,11 @@ class Step:
 
     def _split(self, error: Tensor, size: Tensor, roundoff: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
         """Entries beyond the rounding of operands of this size and the optimizer's own, and those within it."""
-        unit = self._run.table.expand([torch.finfo(p.dtype).eps for p in self._run.table]).to(self._device)
-        within = error.abs() <= _ROUNDING_UNITS * unit * size + roundoff
+        within = error.abs() <= _ROUNDING_UNITS * self._unit * size + roundoff
         return torch.where(within, 0.0, error), torch.where(within, error, 0.0)
+
+    @cached_property
+    def _unit(self) -> Tensor | float:
+        """Unit in the last place of numbers of about one, in the parameters' types; `[element]` if these differ."""
+        units = [torch.finfo(parameter.dtype).eps for parameter in self._run.table]
+        return units[0] if len(set(units)) == 1 else self._run.table.expand(units).to(self._device)
