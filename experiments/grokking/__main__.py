@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
+import torch
+
+from .ahead import compute_ahead
 from .findings import collect, write
 from .gallery import draw_all
 from .recipes import RECIPES
@@ -25,6 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
     study = Study(recipe, sizes, options.out, progress=not options.quiet)
     try:
         study.prepare(fresh=options.fresh)
+        torch.set_num_threads(1)  # what is small is faster so, and no run depends on the number of cores
+        if options.processes > 1:
+            compute_ahead(study, processes=options.processes)
         print(summary(Results(study)))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -64,6 +71,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--task", choices=TASKS, default="addition", help="modular task (default: addition)")
     parser.add_argument("--out", type=Path, required=True, help="directory for the run, results, figures and findings")
     parser.add_argument("--seed", type=int, default=0, help="split, initial weights and shuffling (default: 0)")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="how many results are computed at once, each in one thread (default: one for each core)",
+    )
     parser.add_argument("--fresh", action="store_true", help="discard what an earlier run of the study left in --out")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser.parse_args(arguments)

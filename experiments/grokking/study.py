@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -38,6 +38,8 @@ class Study:
     sizes: Sizes
     directory: Path
     progress: bool = True
+    _own_seconds: list[float] = field(default_factory=list, init=False, repr=False, compare=False)
+    """Of every result that was computed in this process."""
 
     def prepare(self, *, fresh: bool) -> None:
         """Make the directory, or check that it belongs to the same recipe and sizes.
@@ -120,14 +122,15 @@ class Study:
     @property
     def seconds(self) -> dict[str, float]:
         """Wall time that each result took by itself, by name."""
-        path = self.directory / "seconds.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        path = self.directory / "seconds.jsonl"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        return {name: seconds for line in lines for name, seconds in json.loads(line).items()}
 
     def _timed(self, name: str, work: Callable[[], object]) -> None:
-        start, before = time.perf_counter(), sum(self.seconds.values())
+        start, first = time.perf_counter(), len(self._own_seconds)
         work()
-        needed = sum(self.seconds.values()) - before  # by other results, which were computed on the way
-        own = time.perf_counter() - start - needed
-        partial = self.directory / "seconds.partial"
-        partial.write_text(json.dumps(self.seconds | {name: own}, indent=1))
-        partial.replace(self.directory / "seconds.json")
+        # Without those of other results, which were computed on the way.
+        own = time.perf_counter() - start - sum(self._own_seconds[first:])
+        self._own_seconds.append(own)
+        with (self.directory / "seconds.jsonl").open("a") as file:  # in one write, as other processes add theirs
+            file.write(json.dumps({name: own}) + "\n")
