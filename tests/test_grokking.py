@@ -1,7 +1,11 @@
 """The grokking experiment: the paper's sizes, and all stages end to end on a tiny problem."""
 
 import json
+import os
 import re
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,7 +120,7 @@ def study(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(command.SIZES, "quick", LITTLE)
         for seed in (2, 1, 0):  # another machine rounds differently, and one run in twelve does not grok
-            arguments = ["--out", str(directory), "--seed", str(seed), "--quiet"]
+            arguments = ["--out", str(directory), "--seed", str(seed), "--quiet", "--processes", "1"]
             if command.main([*arguments, "--fresh"]) == 0:
                 break
         yield directory, arguments
@@ -170,11 +174,47 @@ def test_a_study_goes_on_where_it_stopped(study):
     (directory / "swaps.csv").unlink()
     (directory / "figures" / "swaps.drawn").unlink()
     (directory / "retrained" / "nothing-0.csv").unlink()
-    assert command.main(arguments) == 0
+    assert command.main([*arguments[:-1], "2"]) == 0
     assert (directory / "findings.md").is_file()
     assert (directory / "swaps.csv").is_file()
     assert (directory / "retrained" / "nothing-0.csv").is_file()
     assert (directory / "by_class.zarr" / "zarr.json").stat().st_mtime_ns == before
+
+
+PROGRAM = """
+import os, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from experiments.grokking.ahead import _begin
+from experiments.grokking.recipes import quick
+from experiments.grokking.sizes import QUICK
+from experiments.grokking.study import Study
+
+if __name__ == "__main__":
+    pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=_begin, initargs=(Study(quick(), QUICK, Path()),))
+    print(pool.submit(os.getpid).result(), flush=True)
+    pool.submit(time.sleep, 600).result()
+"""
+
+
+def test_nobody_goes_on_with_a_study_that_was_killed(tmp_path):
+    (program := tmp_path / "program.py").write_text(PROGRAM)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command_line = [sys.executable, str(program)]
+    with subprocess.Popen(command_line, stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        worker = int(parent.stdout.readline())
+        assert is_running(worker)
+        parent.kill()
+    until = time.monotonic() + 30
+    while is_running(worker) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not is_running(worker)
+
+
+def is_running(process):
+    status = Path(f"/proc/{process}/status")
+    return status.is_file() and "State:\tZ" not in status.read_text()  # nor ended, and not yet taken note of
 
 
 @pytest.mark.filterwarnings("default")  # of the notebook machinery, not ours
