@@ -9,8 +9,8 @@ from torch import nn
 from torch.func import functional_call
 
 from explaind.path import factors
-from explaind.path.factors import Terms, add_combined
 from explaind.path.gradients import combined_rows
+from explaind.path.sums import Terms, add_combined
 from explaind.path.uses import Uses
 
 ROWS = 5

@@ -12,8 +12,7 @@ the traffic of writing and reading g_k. They are equal up to rounding.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
@@ -22,12 +21,9 @@ from torch import Tensor
 
 __all__ = [
     "Factors",
-    "Gathered",
     "Outer",
     "Rows",
     "Summed",
-    "Terms",
-    "add_combined",
     "block_pays",
     "block_products",
     "by_row",
@@ -45,8 +41,6 @@ _CALL_BYTES = 16 << 10
 """Of a matrix to which a product is added in as much time as a call takes."""
 _FEW = 2
 """Rows for each query on average, which are worth no grouping by their number."""
-_SHORT_SEGMENT = 8
-"""Fewer rows than this for each distinct index are gathered, not sorted."""
 
 
 class Factors(Protocol):
@@ -109,49 +103,6 @@ class Factors(Protocol):
         ...
 
 
-@dataclass(frozen=True, eq=False)
-class Terms:
-    """Which rows are added up, with which weights, to which queries' sums."""
-
-    query: Tensor
-    """`[term]`"""
-    row: Tensor
-    """`[term]`"""
-    weights: Tensor
-    """`[term]`"""
-    num_rows: int
-    """Of the factors whose rows they are."""
-
-    @staticmethod
-    def together(*several: Terms) -> Terms:
-        """Those of factors whose rows come one after the other, by ascending query."""
-        query = torch.cat([each.query for each in several])
-        first = itertools.accumulate((each.num_rows for each in several[:-1]), initial=0)
-        row = torch.cat([each.row + start for each, start in zip(several, first, strict=True)])
-        weights, order = torch.cat([each.weights for each in several]), query.argsort(stable=True)
-        return Terms(query[order], row[order], weights[order], sum(each.num_rows for each in several))
-
-
-def add_combined(
-    total: Tensor, parts: Sequence[tuple[Factors, Terms]], together: Callable[..., Terms] = Terms.together
-) -> None:
-    """Add sums of rows' gradients to `total [query, element]`.
-
-    Args:
-        total: changed in place.
-        parts: factors, and what is added up of their rows.
-        together: `Terms.together`, which may remember what it made for other parameters.
-    """
-    alike: dict[Any, list[tuple[Factors, Terms]]] = {}
-    for part in parts:
-        alike.setdefault(part[0].kind, []).append(part)
-    for group in alike.values():
-        first, *others = [factors for factors, _ in group]
-        terms = together(*(terms for _, terms in group))
-        chosen = first.joined(others).take(terms.row).scaled(terms.weights)
-        chosen.add_to(total, torch.bincount(terms.query, minlength=len(total)))
-
-
 class Rows:
     """What all dataclasses of tensors `[row, …]` share."""
 
@@ -167,7 +118,7 @@ class Rows:
 
     def add_to(self: Factors, total: Tensor, counts: Tensor) -> None:
         """See `Factors.add_to`."""
-        if self._adds_one_by_one(total):
+        if _few_and_small(self, total):
             query = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
             total.index_add_(0, query, self.gradients().reshape(len(query), -1))
             return
@@ -180,11 +131,6 @@ class Rows:
                 total += sums
             else:
                 total[chosen] += sums
-
-    def _adds_one_by_one(self, total: Tensor) -> bool:
-        """Whether the rows, small and few, are added in less time than the calls take that sum some of them first."""
-        is_small = total[0].nbytes < _CALL_BYTES and self.num_rows <= _FEW * len(total)
-        return is_small and all(t.dtype == total.dtype for t in self._tensors.values() if t.is_floating_point())
 
     @property
     def kind(self) -> Any:
@@ -302,53 +248,6 @@ class Outer(Rows):
         return Outer(merged(self.left, count), merged(self.right, count))
 
 
-@dataclass(frozen=True)
-class Gathered(Rows):
-    """Σ_t δ_{k,t} in the row of an embedding that position t looked up."""
-
-    indices: Tensor
-    """`[row, position]`"""
-    deltas: Tensor
-    """`[row, position, width]`"""
-    num_embeddings: int
-
-    def gradients(self) -> Tensor:
-        """See `Factors.gradients`."""
-        num_rows, width = len(self.indices), self.deltas.shape[2]
-        place = self.indices + self.num_embeddings * torch.arange(num_rows, device=self.indices.device)[:, None]
-        flat = self.deltas.new_zeros(num_rows * self.num_embeddings, width)
-        flat.index_add_(0, place.flatten(), self.deltas.flatten(end_dim=1))
-        return flat.view(num_rows, self.num_embeddings, width)
-
-    def combined(self, weights: Tensor) -> Tensor:
-        """See `Factors.combined`."""
-        flat = self.deltas.new_zeros(self.num_embeddings, self.deltas.shape[2])
-        return flat.index_add_(0, self.indices.flatten(), times(weights, self.deltas).flatten(end_dim=1))
-
-    def products(self, vectors: Tensor) -> Tensor:
-        """See `Factors.products`."""
-        order = self.indices.flatten().argsort(stable=True)
-        found, counts = self.indices.flatten()[order].unique_consecutive(return_counts=True)
-        deltas = self.deltas.flatten(end_dim=1)
-        products = deltas.new_empty(len(vectors), len(deltas))
-        if len(deltas) < _SHORT_SEGMENT * len(found):
-            for query, vector in enumerate(vectors):
-                products[query] = (vector[self.indices.flatten()] * deltas).sum(dim=1)
-        else:
-            segments = zip(found.tolist(), order.split(counts.tolist()), strict=True)
-            for index, places in segments:
-                products[:, places] = vectors[:, index] @ deltas[places].T
-        return by_row(products, self.num_rows)
-
-    def scaled(self, weights: Tensor) -> Gathered:
-        """See `Factors.scaled`."""
-        return replace(self, deltas=times(weights, self.deltas))
-
-    def merged(self, count: int) -> Gathered:
-        """See `Factors.merged`."""
-        return replace(self, indices=merged(self.indices, count), deltas=merged(self.deltas, count))
-
-
 def strategy(factors: Factors, num_vectors: int) -> str:
     """Which of the two ways `products` goes; gradients that have no factors are multiplied as they are.
 
@@ -386,6 +285,12 @@ def in_place_pays(total: Tensor, factors: Tensor) -> bool:
     Each then takes a call of its own. In another type than that of its factors a sum is rounded, not its terms.
     """
     return total.device.type == "cpu" and total.dtype == factors.dtype and total[0].nbytes >= _CALL_BYTES
+
+
+def _few_and_small(rows: Any, total: Tensor) -> bool:
+    """Whether rows are added to `total [query, element]` in less time than it takes to sum some of them first."""
+    is_small = total[0].nbytes < _CALL_BYTES and rows.num_rows <= _FEW * len(total)
+    return is_small and all(t.dtype == total.dtype for t in rows._tensors.values() if t.is_floating_point())
 
 
 def block_products(factors: Any, vectors: Tensor) -> Tensor:

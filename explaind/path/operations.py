@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from explaind.path.convolved import Convolved
-from explaind.path.factors import Factors, Gathered, Outer, Summed
+from explaind.path.factors import Factors, Outer, Summed
+from explaind.path.gathered import Gathered
 
 __all__ = ["OPERATIONS", "Make", "NotByRowError", "Operation", "Split", "matrix"]
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from explaind.parameters import ParameterTable
-from explaind.path.factors import Factors, Terms, add_combined
+from explaind.path.factors import Factors
 from explaind.path.intervals import Part
+from explaind.path.sums import Terms, add_combined
 
 __all__ = ["QueryAverages", "add_parts"]
 

@@ -90,8 +90,8 @@ class ReverseSweep:
         """The terms of a step, from φ_s, which of averaged weights is λ_s."""
         self._advance(step, adjoint.vectors)
         found = None if self._products is None else self._found(step)
-        *sums, held = self._sums(step, adjoint.vectors)
-        together, sums = self._together(adjoint, held), torch.stack(sums)
+        products = self._sums(step, adjoint.vectors)
+        sums, together = products[:_HELD], self._together(adjoint, products[_HELD])
         omitted = together[:, -1]
         lost = together - sums.sum(dim=0)
         self._check_arithmetic(step, adjoint.vectors, lost, sums.abs().sum(dim=(0, 2)))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -13,55 +13,17 @@ from torch import Tensor
 from explaind.errors import ModelMismatchError
 from explaind.optimizers import LinearFilter, ParameterStep
 from explaind.parameters import ParameterTable
+from explaind.path.flat_filter import FIELDS, FlatFilter
 from explaind.path.gradients import ReplayedStep, recorded_rescaling, replay_step
 from explaind.path.uses import Uses
 from explaind.replay.call import SAME_GRADIENT
 from explaind.rescaling import Rescaling
 from explaind.run import Run
 
-__all__ = ["FlatFilter", "Step", "StepTerms"]
+__all__ = ["Step", "StepTerms"]
 
 _ROUNDING_UNITS = 64
 """An error of up to this many units in the last place of its operands is rounding; a larger one has a cause."""
-_FLAT_FIELDS = [field.name for field in fields(LinearFilter) if field.name not in ("left", "right")]
-
-
-@dataclass(frozen=True, kw_only=True)
-class FlatFilter:
-    """`LinearFilter` of all parameters at one step; every tensor is float64 `[element]`."""
-
-    sign: Tensor
-    coupled_decay: Tensor
-    retain: Tensor
-    intake: Tensor
-    buffer_gain: Tensor
-    previous_gain: Tensor
-    gradient_gain: Tensor
-    decoupled_decay: Tensor
-    buffer_roundoff: Tensor
-    update_roundoff: Tensor
-    table: ParameterTable
-    factors: dict[str, tuple[Tensor | None, Tensor | None]]
-    """The matrices on the left and on the right of the parameters that have any, by name."""
-
-    def multiplied(self, vector: Tensor) -> Tensor:
-        """The products left · v · right of every parameter, for v `[…, element]`."""
-        return self._between(vector, lambda factor: factor)
-
-    def adjoint(self, phi: Tensor) -> Tensor:
-        """leftᵀ · φ · rightᵀ of every parameter, for φ `[…, element]`: ⟨φ, left · v · right⟩ = ⟨adjoint(φ), v⟩."""
-        return self._between(phi, lambda factor: factor.T)
-
-    def _between(self, vectors: Tensor, turned: Callable[[Tensor], Tensor]) -> Tensor:
-        """The products of every parameter's part with its factors, as they are or transposed."""
-        products = vectors.clone() if self.factors else vectors
-        for name, (left, right) in self.factors.items():
-            parameter = self.table[self.table.names.index(name)]
-            matrix = vectors[..., parameter.slice].unflatten(-1, parameter.shape)
-            matrix = matrix if left is None else turned(left).to(matrix.dtype) @ matrix
-            matrix = matrix if right is None else matrix @ turned(right).to(matrix.dtype)
-            products[..., parameter.slice] = matrix.flatten(start_dim=-2)
-        return products
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +215,7 @@ class Step:
             for number, parameter in enumerate(table)
         ]
         return FlatFilter(
-            **{field: self._flatten([getattr(own, field) for own in filters]) for field in _FLAT_FIELDS},
+            **{field: self._flatten([getattr(own, field) for own in filters]) for field in FIELDS},
             table=table,
             factors={
                 parameter.name: (own.left, own.right)

@@ -18,11 +18,12 @@ __all__ = ["recording"]
 
 def recording(size: Size) -> list[dict[str, Any]]:
     """Mean time of a traced step over that of an untraced one; blocks of both take turns."""
-    # A recording makes its arrays and takes its memory once: blocks of short steps have more of them.
+    # A recording makes its arrays and takes its memory once, and publishes its first steps at short notice: blocks take
+    # as long as it takes until it goes on as it will.
     problems = (
         (modular_addition(size), size.recorded_steps),
-        (digits(size), 10 * size.recorded_steps),
-        (digits(size, full_batch=True), size.recorded_steps),
+        (digits(size), 25 * size.recorded_steps),
+        (digits(size, full_batch=True), 4 * size.recorded_steps),
     )
     return [record for problem, num_steps in problems for record in _compare(problem, num_steps, size.recording_rounds)]
 
