@@ -1,7 +1,6 @@
 """Runs with snapshots of some moments only: the others are replayed, and are what they would be if they were stored."""
 
 import json
-import tempfile
 import warnings
 
 import numpy as np
@@ -19,7 +18,7 @@ from explaind import moments
 from explaind.errors import ReplayWarning, VerificationError
 from tests.cases import data, mlp, query
 from tests.random_models import MODELS
-from tests.test_random_runs import NUM_DRAWS, OPTIMIZERS, drawn, loops, recorded
+from tests.test_random_runs import NUM_DRAWS, OPTIMIZERS, drawn, little_directory, loops, recorded
 from tests.test_random_runs import query as random_query
 from tests.traced import batchnorm_mlp, dropout_mlp, forget_chunks
 from tests.unfreezing import frozen_backbone, unfreeze
@@ -157,7 +156,7 @@ def test_attributions_do_not_depend_on_the_snapshots(tmp_path):
     assert some.verify().exact_gradients == whole.verify().exact_gradients == NUM_STEPS
 
 
-@settings(drawn, max_examples=NUM_DRAWS // 5)
+@settings(drawn, max_examples=NUM_DRAWS // 3)
 @given(
     name=st.sampled_from(sorted(MODELS)),
     choice=st.one_of(*OPTIMIZERS.values()),
@@ -166,7 +165,7 @@ def test_attributions_do_not_depend_on_the_snapshots(tmp_path):
     every=st.integers(2, 4),
 )
 def test_any_run_is_the_same_with_fewer_snapshots(name, choice, loop, dtype, every):
-    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other, warnings.catch_warnings():
+    with little_directory() as one, little_directory() as other, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # gradients with a penalty or noise are stored
         whole, _ = recorded(one, name, choice, loop, dtype)
         some, _ = recorded(other, name, choice, loop, dtype, snapshot_every=every)
