@@ -1,4 +1,11 @@
-"""One thread: sums come out in the same order on every machine, and small problems run faster."""
+"""One thread: sums come out in the same order on every machine, and small problems run faster.
+
+In the processes that tests start too, such as notebooks: threads would wait for each other while all cores are busy.
+"""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch, numpy and scikit-learn are imported
 
 import matplotlib
 import pytest
