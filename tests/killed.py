@@ -1,6 +1,7 @@
 """Training processes that are killed: at named points of the writing, or whenever somebody wants it.
 
-`python -m tests.killed` imports torch once; for every line of JSON that it reads it forks a process and prints its id.
+`python -m tests.killed` imports once what training takes; for every line of JSON that it reads it forks a process and
+prints its id.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+import torch._dynamo  # by the first optimizer, in most of a child's time
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import explaind
+import explaind.recording.recorder  # by the first trace
 from explaind.recording import chunks, writer
 
 NUM_STEPS = 30

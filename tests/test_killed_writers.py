@@ -22,9 +22,9 @@ from tests.traced import check_prefix
 
 SERVER = """
 import os, signal, sys
-import torch
+import torch, torch._dynamo
 import torch.nn.functional as F
-import explaind, explaind.recording.writer
+import explaind, explaind.recording.recorder, explaind.recording.writer
 from tests.cases import BY_NAME, data, mlp
 
 def train(path, flush_bytes, steps):
