@@ -1,6 +1,6 @@
 """Models, optimizers, flags, batches and loops drawn at random: every run closes, and row order changes nothing.
 
-120 are drawn, others each time; `EXPLAIND_DRAWS=20000 pytest tests/test_random_runs.py` draws more of them.
+130 are drawn, others each time; `EXPLAIND_DRAWS=20000 pytest tests/test_random_runs.py` draws more of them.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from tests.cases import data
 from tests.random_models import MODELS
 
 FEATURES, LABELS = data().tensors
-NUM_DRAWS = int(os.environ.get("EXPLAIND_DRAWS", "120"))
+NUM_DRAWS = int(os.environ.get("EXPLAIND_DRAWS", "130"))
 drawn = settings(max_examples=NUM_DRAWS, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 
 
