@@ -11,6 +11,7 @@ from __future__ import annotations
 from functools import partial
 
 from explaind.ledger import term_sizes
+from explaind.optimizers.muon import MuonRule
 from explaind.path.budget import WorkingSet
 from explaind.path.footprint import made_bytes
 from explaind.path.gradients import call_replay
@@ -22,7 +23,7 @@ __all__ = ["queries_at_once", "working_set"]
 _FORWARD_VECTORS, _REVERSE_VECTORS, _PATH_VECTORS = 5, 4, 2
 """Of the parameters' size for each query: with buffers (float64), by adjoints, and for optimizers without a rule.
 
-Adjoints are φ, r and C, and what φ is put together from; ψ comes on top where it is needed."""
+Adjoints are φ, r and C, and what φ is put together from. ψ comes on top where it is needed, and φ' with Muon."""
 _ELEMENT_VECTORS = 4
 """Of as many numbers as there are elements to be told apart for each query, float64: two terms, and what they are made
 of."""
@@ -42,7 +43,8 @@ def working_set(request: Request) -> WorkingSet:
     if by_update_step:
         vectors = (_FORWARD_VECTORS + averaged * len(request.wanted)) * vector
     else:
-        kept = _REVERSE_VECTORS + (has_rows or request.elements is not None) if all(run.rules) else _PATH_VECTORS
+        needs_psi, turned = has_rows or request.elements is not None, any(isinstance(r, MuonRule) for r in run.rules)
+        kept = _REVERSE_VECTORS + needs_psi + turned if all(run.rules) else _PATH_VECTORS
         vectors = kept * dtype.itemsize * run.table.num_elements + 2 * averaged * vector
     # The products, their sum in float64, and the block that it is entered into; on its way to a store, also the last.
     entered = 8 if request.out is None else 16

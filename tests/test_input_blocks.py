@@ -93,3 +93,17 @@ def test_queries_of_which_some_are_in_doubt_are_divided_in_blocks(number, tmp_pa
     result.check()
     size = float(abs(expected.dataset.contribution).sum())
     assert float(abs(result.dataset.contribution - expected.dataset.contribution).max()) < 1e-3 * size
+
+
+@pytest.mark.parametrize("seed", [2, 6, 10])
+def test_a_block_of_which_no_query_is_kept_adds_nothing(seed, tmp_path, monkeypatch):
+    run, _ = record(BY_NAME["adamw-schedule"], tmp_path / "run.zarr", activation=nn.ReLU)
+    inputs = torch.randn(5, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    asked = explaind.Query(inputs, output=explaind.outputs.log_prob([0, 1, 2, 0, 1]))
+    settings = {"by": ("query", "step"), "tolerance": 1e-7, "dtype": torch.float32}
+    expected = run.attribute(asked, **settings)
+    in_blocks_of(2, run, asked, monkeypatch)
+    result = run.attribute(asked, **settings)
+    result.check(tolerance=1e-6)
+    size = float(abs(expected.dataset.contribution).sum())
+    assert float(abs(result.dataset.contribution - expected.dataset.contribution).max()) < 1e-3 * size

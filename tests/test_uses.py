@@ -140,11 +140,13 @@ def test_sums_of_rows_go_to_their_part_of_a_larger_total(name, call_bytes, few, 
     _, uses = captured(model, x, weights)
     mixed = torch.tensor([[0, 2.0, 0, -1.0, 0.5], [0, 0, 0, 0, 0], [1.0, 0, 0, 0, 0]], dtype=torch.float64)
     query, row = mixed.nonzero(as_tuple=True)
+    nothing = Terms(query[:0], row[:0], mixed[query, row][:0], ROWS)
     for parameter, expected in alone(model, x, weights).items():
         number = expected[0].numel()
         total = torch.ones(3, number + 2, dtype=dtype)
         parts = uses.factors(parameter)
         add_combined(total[:, 1:-1], [(part, Terms(query, row, mixed[query, row], ROWS)) for part in parts])
+        add_combined(total[:, 1:-1], [(part, nothing) for part in parts])
         sums = 1 + mixed @ expected.reshape(ROWS, -1)
         torch.testing.assert_close(total[:, 1:-1], sums.to(dtype), rtol=0, atol=1e-12 if dtype == mixed.dtype else 1e-5)
         assert bool((total[:, [0, -1]] == 1).all())

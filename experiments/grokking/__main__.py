@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-import torch
+from explaind.threads import num_threads
 
 from .ahead import compute_ahead
 from .findings import collect, write
@@ -29,10 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
     study = Study(recipe, sizes, options.out, progress=not options.quiet)
     try:
         study.prepare(fresh=options.fresh)
-        torch.set_num_threads(1)  # what is small is faster so, and no run depends on the number of cores
-        if options.processes > 1:
-            compute_ahead(study, processes=options.processes)
-        print(summary(Results(study)))
+        with num_threads(1):  # what is small is faster so, and no run depends on the number of cores
+            if options.processes > 1:
+                compute_ahead(study, processes=options.processes)
+            print(summary(Results(study)))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -73,13 +73,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="split, initial weights and shuffling (default: 0)")
     parser.add_argument(
         "--processes",
-        type=int,
-        default=len(os.sched_getaffinity(0)),
-        help="how many results are computed at once, each in one thread (default: one for each core)",
+        type=at_least_one,
+        default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        help="how many results are computed at once, each in one thread and a part of the memory (default: one for "
+        "each core)",
     )
     parser.add_argument("--fresh", action="store_true", help="discard what an earlier run of the study left in --out")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser.parse_args(arguments)
+
+
+def at_least_one(text: str) -> int:
+    """A number of processes."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1; got {text!r}")
+    return int(text)
 
 
 if __name__ == "__main__":

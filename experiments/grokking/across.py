@@ -16,6 +16,7 @@ from tqdm import tqdm
 import explaind
 from explaind.plots import save_figure
 from explaind.plots.saving import Data
+from explaind.threads import num_threads
 
 from .decompose import open_study
 from .figures.across import layer_shares
@@ -161,9 +162,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     directory: Path = options.out
     try:
-        runs, layers, points = across(
-            options.recipe, options.tasks, options.seeds, directory, progress=not options.quiet
-        )
+        with num_threads(1):  # as no run should depend on the number of cores
+            runs, layers, points = across(
+                options.recipe, options.tasks, options.seeds, directory, progress=not options.quiet
+            )
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.connection import wait
@@ -32,10 +34,11 @@ def compute_ahead(study: Study, *, processes: int) -> None:
         processes: how many results are computed at once.
 
     Raises:
-        ValueError: a result cannot be computed.
+        ChildProcessError: something else has ended one of the processes.
+        Exception: what a result cannot be computed for.
     """
     _ = study.phases
-    own = replace(study, progress=False)
+    own, others = replace(study, progress=False), set(active_children())
     with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_begin, initargs=(own,)) as pool:
         try:
             for names in WAVES:
@@ -43,10 +46,16 @@ def compute_ahead(study: Study, *, processes: int) -> None:
                 shown = tqdm(as_completed(waiting), "results", len(names), disable=None if study.progress else True)
                 for future in shown:
                     shown.set_postfix_str(f"last {future.result()}")
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in active_children():
+            for process in set(active_children()) - others:
                 process.terminate()
+                process.join()
+            if isinstance(error, BrokenProcessPool):
+                raise ChildProcessError(
+                    "a process that computed a result was ended from outside, perhaps as memory was short. The same "
+                    "command goes on with what was interrupted; give fewer --processes."
+                ) from error
             raise
 
 
@@ -57,6 +66,7 @@ def _begin(study: Study) -> None:
     """In a process that computes results."""
     global _results
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent, which gets it too, ends this process
     _results = Results(study)
     Thread(target=_end_with_parent, daemon=True).start()
 

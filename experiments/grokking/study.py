@@ -121,10 +121,11 @@ class Study:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Wall time that each result took by itself, by name."""
+        """Wall time that each result took, without those that it needs, and beside others that are computed at once."""
         path = self.directory / "seconds.jsonl"
         lines = path.read_text().splitlines() if path.is_file() else []
-        return {name: seconds for line in lines for name, seconds in json.loads(line).items()}
+        whole = [line for line in lines if line.endswith("}")]  # not what a full disk has cut off
+        return {name: seconds for line in whole for name, seconds in json.loads(line).items()}
 
     def _timed(self, name: str, work: Callable[[], object]) -> None:
         start, first = time.perf_counter(), len(self._own_seconds)
@@ -133,4 +134,4 @@ class Study:
         own = time.perf_counter() - start - sum(self._own_seconds[first:])
         self._own_seconds.append(own)
         with (self.directory / "seconds.jsonl").open("a") as file:  # in one write, as other processes add theirs
-            file.write(json.dumps({name: own}) + "\n")
+            file.write("\n" + json.dumps({name: own}))

@@ -12,6 +12,7 @@ the traffic of writing and reading g_k. They are equal up to rounding.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
@@ -103,8 +104,16 @@ class Factors(Protocol):
         ...
 
 
-class Rows:
+class Rows(ABC):
     """What all dataclasses of tensors `[row, …]` share."""
+
+    @abstractmethod
+    def gradients(self) -> Tensor:
+        """See `Factors.gradients`."""
+
+    @abstractmethod
+    def merged(self, count: int) -> Self:
+        """See `Factors.merged`."""
 
     def take(self, rows: Tensor) -> Self:
         """See `Factors.take`."""
@@ -116,9 +125,9 @@ class Rows:
             return self
         return self._with({n: torch.cat([t, *(getattr(o, n) for o in others)]) for n, t in self._tensors.items()})
 
-    def add_to(self: Factors, total: Tensor, counts: Tensor) -> None:
+    def add_to(self, total: Tensor, counts: Tensor) -> None:
         """See `Factors.add_to`."""
-        if _few_and_small(self, total):
+        if self._adds_one_by_one(total):
             query = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
             total.index_add_(0, query, self.gradients().reshape(len(query), -1))
             return
@@ -131,6 +140,12 @@ class Rows:
                 total += sums
             else:
                 total[chosen] += sums
+
+    def _adds_one_by_one(self, total: Tensor) -> bool:
+        """Whether rows, small and few, are added in less time than it takes to sum some of them first."""
+        is_small = total[0].nbytes < _CALL_BYTES and self.num_rows <= _FEW * len(total)
+        same = all(tensor.dtype == total.dtype for tensor in self._tensors.values() if tensor.is_floating_point())
+        return is_small and same and total.device.type == "cpu"
 
     @property
     def kind(self) -> Any:
@@ -285,12 +300,6 @@ def in_place_pays(total: Tensor, factors: Tensor) -> bool:
     Each then takes a call of its own. In another type than that of its factors a sum is rounded, not its terms.
     """
     return total.device.type == "cpu" and total.dtype == factors.dtype and total[0].nbytes >= _CALL_BYTES
-
-
-def _few_and_small(rows: Any, total: Tensor) -> bool:
-    """Whether rows are added to `total [query, element]` in less time than it takes to sum some of them first."""
-    is_small = total[0].nbytes < _CALL_BYTES and rows.num_rows <= _FEW * len(total)
-    return is_small and all(t.dtype == total.dtype for t in rows._tensors.values() if t.is_floating_point())
 
 
 def block_products(factors: Any, vectors: Tensor) -> Tensor:

@@ -74,8 +74,9 @@ class ReverseSweep:
         # What belongs to no layer that was asked for has a column of its own, the last.
         layers = [layer_of(parameter, slices) for parameter in run.table]
         self._columns = torch.tensor([len(slices) if layer is None else layer for layer in layers])
-        self._carried = self._r = self._psi = torch.empty(0)
-        self._has_psi = False
+        self._carried = self._r = self._psi = self._seen = self._intake = torch.empty(0)
+        self._gradient_gain: Tensor | None = None
+        self._has_psi = True
         self._held: Tensor | None = None
         """⟨C_{s+1}, m_s⟩ of the step that was fed in last, `[query, column]`."""
 
@@ -118,14 +119,16 @@ class ReverseSweep:
 
     @property
     def psi(self) -> Tensor:
-        """ψ_s of the step that was fed in last, `[query, element]`; made when it is first asked for."""
+        """ψ_s of the step that was fed in last, `[query, element]`.
+
+        It is made when it is first asked for, which must be before φ_s is written over.
+        """
         if not self._has_psi:
             if self._psi.shape != self._r.shape:
                 self._psi = torch.empty_like(self._r)
-            intake, seen, gradient_gain = self._entering
-            torch.mul(self._r, intake, out=self._psi)
-            if gradient_gain is not None:
-                self._psi.addcmul_(seen, gradient_gain)
+            torch.mul(self._r, self._intake, out=self._psi)
+            if self._gradient_gain is not None:
+                self._psi.addcmul_(self._seen, self._gradient_gain)
             self._has_psi = True
         return self._psi
 
@@ -134,16 +137,16 @@ class ReverseSweep:
         f = step.filter
         if self._carried.shape != phi.shape:
             self._carried, self._r = torch.zeros_like(phi), torch.empty_like(phi)
-        seen = f.adjoint(phi)
-        gain, retain, intake = (x.to(phi.dtype) for x in (f.buffer_gain, f.retain, f.intake))
-        previous_gain, gradient_gain = (
+        self._seen, self._columns = f.adjoint(phi), self._columns.to(phi.device)
+        gain, retain, self._intake = (x.to(phi.dtype) for x in (f.buffer_gain, f.retain, f.intake))
+        previous_gain, self._gradient_gain = (
             x.to(phi.dtype) if bool(x.any()) else None for x in (f.previous_gain, f.gradient_gain)
         )
-        torch.addcmul(self._carried, seen, gain, out=self._r)
+        torch.addcmul(self._carried, self._seen, gain, out=self._r)
         torch.mul(self._r, retain, out=self._carried)
         if previous_gain is not None:
-            self._carried.addcmul_(seen, previous_gain)
-        self._entering, self._has_psi = (intake, seen, gradient_gain), False
+            self._carried.addcmul_(self._seen, previous_gain)
+        self._has_psi = False
 
     def _sums(self, step: Step, phi: Tensor) -> Tensor:
         """Decay, other, rounding, the examples' part, and ⟨C_s, m_{s−1}⟩, float64 `[5, query, column]`.
@@ -158,8 +161,7 @@ class ReverseSweep:
         self._add_products(sums, phi, on_phi)
         on_r = _errors(-1, step.buffer_error)
         self._add_products(sums, self._r, on_r, _times(f.retain, on_carried), _times(f.intake, on_psi))
-        _, seen, _ = self._entering
-        self._add_products(sums, seen, _times(f.previous_gain, on_carried), _times(f.gradient_gain, on_psi))
+        self._add_products(sums, self._seen, _times(f.previous_gain, on_carried), _times(f.gradient_gain, on_psi))
         return sums
 
     def _add_products(self, sums: Tensor, vectors: Tensor, *flat: Mapping[int, Tensor]) -> None:
@@ -181,7 +183,7 @@ class ReverseSweep:
         for parameter, own in zip(self._run.table, products, strict=True):
             torch.mm(stacked[:, parameter.slice], vectors[:, parameter.slice].T, out=own)
         for place, by_parameter in zip(total, products.to(sums.dtype).unbind(dim=1), strict=True):
-            sums[place].index_add_(1, self._columns.to(sums.device), by_parameter.T)
+            sums[place].index_add_(1, self._columns, by_parameter.T)
 
     def _no_sums(self, number: int, like: Tensor) -> Tensor:
         return torch.zeros(number, len(like), len(self._slices) + 1, dtype=torch.float64, device=like.device)
@@ -189,7 +191,7 @@ class ReverseSweep:
     def _together(self, adjoint: Adjoint, held: Tensor) -> Tensor:
         """⟨φ_s, Δ_s⟩ + ⟨C_s, m_{s−1}⟩ − ⟨C_{s+1}, m_s⟩, `[query, column]`, where `held` is the second."""
         total = held.clone()
-        total.index_add_(1, self._columns.to(total.device), adjoint.products)
+        total.index_add_(1, self._columns, adjoint.products)
         if self._held is not None:
             total -= self._held
         self._held = held
@@ -219,7 +221,7 @@ class ReverseSweep:
         if not bool((missing <= unit * size).all()):
             raise VerificationError(
                 f"the terms of step {step.index} miss what it did by {float((missing / size).max()):.1e} of their "
-                "size, more than rounding: the linear filter of the optimizer's rule does not give its update."
+                "size, which is more than their own arithmetic was rounded."
             )
 
     def _found(self, step: Step) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:

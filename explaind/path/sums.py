@@ -46,13 +46,16 @@ def add_combined(
     Args:
         total: changed in place.
         parts: factors, and what is added up of their rows.
-        together: `Terms.together`, which may remember what it made for other parameters.
+        together: `Terms.together`, as it is or remembering what it made for other parameters.
     """
     alike: dict[Any, list[tuple[Factors, Terms]]] = {}
     for part in parts:
         alike.setdefault(part[0].kind, []).append(part)
     for group in alike.values():
+        assert all(factors.num_rows == terms.num_rows for factors, terms in group)
         first, *others = [factors for factors, _ in group]
         terms = together(*(terms for _, terms in group))
+        if not len(terms.row):
+            continue
         chosen = first.joined(others).take(terms.row).scaled(terms.weights)
         chosen.add_to(total, torch.bincount(terms.query, minlength=len(total)))
