@@ -27,7 +27,7 @@ Adjoints are φ, r and C, and what φ is put together from. ψ comes on top wher
 _ELEMENT_VECTORS = 4
 """Of as many numbers as there are elements to be told apart for each query, float64: two terms, and what they are made
 of."""
-_STEP_VECTORS = 48
+_STEP_VECTORS = 54
 """Of the parameters' size, float64, for a step: its filter, states, gradients and what these do not explain."""
 _GRAPHS = 2
 """How often the activations of a forward pass are kept: as they are, and the gradients that came back to them."""

@@ -154,12 +154,12 @@ class ReverseSweep:
         As C_s and ψ_s are sums of r_s and φ'_s, their products with vectors are products of those two.
         """
         f, sums = step.filter, self._no_sums(5, phi)
-        on_phi = {_DECAY: -f.decoupled_decay * step.params} | _errors(1, step.update_error)
-        on_carried = {_HELD: step.buffer_before}
-        on_psi = {_DECAY: -f.coupled_decay * step.params, _EXAMPLES: -f.sign * step.example_gradient_sum}
-        on_psi |= _errors(-f.sign, step.foreign_gradient)
+        on_phi = _times(-f.decoupled_decay, {_DECAY: step.params}) | _errors(step.update_error)
         self._add_products(sums, phi, on_phi)
-        on_r = _errors(-1, step.buffer_error)
+        on_carried = {_HELD: step.buffer_before}
+        on_psi = _times(-f.coupled_decay, {_DECAY: step.params})
+        on_psi |= _times(-f.sign, {_EXAMPLES: step.example_gradient_sum} | _errors(step.foreign_gradient))
+        on_r = {place: -error for place, error in _errors(step.buffer_error).items()}
         self._add_products(sums, self._r, on_r, _times(f.retain, on_carried), _times(f.intake, on_psi))
         self._add_products(sums, self._seen, _times(f.previous_gain, on_carried), _times(f.gradient_gain, on_psi))
         return sums
@@ -178,7 +178,7 @@ class ReverseSweep:
                 total[place] = total[place] + vector if place in total else vector
         if not total:
             return
-        stacked = torch.stack(list(total.values())).to(vectors.dtype)
+        stacked = torch.stack([vector.to(vectors.dtype) for vector in total.values()])
         products = vectors.new_empty(len(self._run.table), len(stacked), len(vectors))
         for parameter, own in zip(self._run.table, products, strict=True):
             torch.mm(stacked[:, parameter.slice], vectors[:, parameter.slice].T, out=own)
@@ -256,14 +256,14 @@ class ReverseSweep:
                 yield source, self._products.products(step, number, rows, weights, self._slices)
 
 
-def _errors(sign: Tensor | int, pair: tuple[Tensor, Tensor]) -> dict[int, Tensor]:
-    """A pair (other, rounding) of vectors by their targets."""
-    return {_OTHER: sign * pair[0], _ROUNDING: sign * pair[1]}
+def _errors(pair: tuple[Tensor, Tensor]) -> dict[int, Tensor]:
+    """A pair (other, rounding) of vectors by their places, without what is zero."""
+    return {place: part for place, part in zip((_OTHER, _ROUNDING), pair, strict=True) if bool(part.any())}
 
 
 def _times(factor: Tensor, vectors: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """Vectors by their targets, each times a factor; none if that is zero."""
-    return {target: factor * vector for target, vector in vectors.items()} if bool(factor.any()) else {}
+    """Vectors by their places, each times a factor; none if that is zero."""
+    return {place: factor * vector for place, vector in vectors.items()} if bool(factor.any()) else {}
 
 
 def check_example_sum(
