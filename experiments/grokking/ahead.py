@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from multiprocessing import active_children, get_context, parent_process
-from multiprocessing.connection import wait
+from multiprocessing import active_children, connection, get_context, parent_process
 from threading import Thread
 
 import torch
@@ -19,11 +18,19 @@ from .study import Study
 
 __all__ = ["compute_ahead"]
 
-WAVES = (
-    ("by_example", "by_class", "retrained", "by_element", "kernel_machine", "nodes", "swaps"),
-    ("perturbed", "embedding", "change_point_number"),
-)
-"""Results that are worth a process, the longest first; those of a wave need none of the same wave or of a later one."""
+NEEDS: dict[str, tuple[str, ...]] = {
+    "by_example": (),
+    "by_class": (),
+    "retrained": (),
+    "by_element": (),
+    "kernel_machine": (),
+    "perturbed": ("by_element",),
+    "nodes": (),
+    "embedding": ("by_element",),
+    "change_point_number": ("by_class",),
+    "swaps": (),
+}
+"""Results that are worth a process, the longest first, and which of the others they need."""
 
 
 def compute_ahead(study: Study, *, processes: int) -> None:
@@ -41,11 +48,7 @@ def compute_ahead(study: Study, *, processes: int) -> None:
     own, others = replace(study, progress=False), set(active_children())
     with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_begin, initargs=(own,)) as pool:
         try:
-            for names in WAVES:
-                waiting = [pool.submit(_compute, name) for name in names]
-                shown = tqdm(as_completed(waiting), "results", len(names), disable=None if study.progress else True)
-                for future in shown:
-                    shown.set_postfix_str(f"last {future.result()}")
+            _compute_all(pool, progress=study.progress)
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in set(active_children()) - others:
@@ -57,6 +60,19 @@ def compute_ahead(study: Study, *, processes: int) -> None:
                     "command goes on with what was interrupted; give fewer --processes."
                 ) from error
             raise
+
+
+def _compute_all(pool: ProcessPoolExecutor, *, progress: bool) -> None:
+    """Compute every result as soon as those that it needs are there."""
+    left, done, running = dict(NEEDS), set[str](), set[Future[str]]()
+    with tqdm(desc="results", total=len(NEEDS), disable=None if progress else True) as shown:
+        while left or running:
+            ready = [name for name, needs in left.items() if done.issuperset(needs)]
+            running |= {pool.submit(_compute, name) for name in ready}
+            left = {name: needs for name, needs in left.items() if name not in ready}
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            done |= {future.result() for future in finished}
+            shown.update(len(finished))
 
 
 _results: Results
@@ -75,7 +91,7 @@ def _end_with_parent() -> None:
     """A study that was killed is begun again, and must not find anybody still at work."""
     parent = parent_process()
     assert parent is not None
-    wait([parent.sentinel])
+    connection.wait([parent.sentinel])
     os._exit(1)
 
 
