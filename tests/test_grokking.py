@@ -182,7 +182,7 @@ def test_a_study_goes_on_where_it_stopped(study):
 
 
 PROGRAM = """
-import os, sys, time
+import os, time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
