@@ -11,6 +11,7 @@ from __future__ import annotations
 from functools import partial
 
 from explaind.ledger import term_sizes
+from explaind.optimizers import UpdateRule
 from explaind.optimizers.muon import MuonRule
 from explaind.path.budget import WorkingSet
 from explaind.path.footprint import made_bytes
@@ -20,10 +21,11 @@ from explaind.stream import CHUNK_BYTES, chunk_sizes
 
 __all__ = ["queries_at_once", "working_set"]
 
-_FORWARD_VECTORS, _REVERSE_VECTORS, _PATH_VECTORS = 5, 4, 2
+_FORWARD_VECTORS, _REVERSE_VECTORS, _PATH_VECTORS = 5, 3, 2
 """Of the parameters' size for each query: with buffers (float64), by adjoints, and for optimizers without a rule.
 
-Adjoints are φ, r and C, and what φ is put together from. ψ comes on top where it is needed, and φ' with Muon."""
+Adjoints are φ and r, and what φ is put together from. ψ comes on top where it is needed, φ' with Muon, and with a
+registered rule φ' and p ⊙ φ', which it may have."""
 _ELEMENT_VECTORS = 4
 """Of as many numbers as there are elements to be told apart for each query, float64: two terms, and what they are made
 of."""
@@ -43,8 +45,9 @@ def working_set(request: Request) -> WorkingSet:
     if by_update_step:
         vectors = (_FORWARD_VECTORS + averaged * len(request.wanted)) * vector
     else:
-        needs_psi, turned = has_rows or request.elements is not None, any(isinstance(r, MuonRule) for r in run.rules)
-        kept = _REVERSE_VECTORS + needs_psi + turned if all(run.rules) else _PATH_VECTORS
+        needs_psi, registered = has_rows or request.elements is not None, any(not _is_own(rule) for rule in run.rules)
+        turned = registered or any(isinstance(rule, MuonRule) for rule in run.rules)
+        kept = _REVERSE_VECTORS + needs_psi + turned + registered if all(run.rules) else _PATH_VECTORS
         vectors = kept * dtype.itemsize * run.table.num_elements + 2 * averaged * vector
     # The products, their sum in float64, and the block that it is entered into; on its way to a store, also the last.
     entered = 8 if request.out is None else 16
@@ -79,6 +82,11 @@ def queries_at_once(request: Request, memory: WorkingSet) -> int:
     # So that no chunk of the store holds queries of two sweeps.
     chunk = chunk_sizes(term_sizes(request.coordinates)["contribution"], num_queries=fitting)["query"]
     return fitting // chunk * chunk
+
+
+def _is_own(rule: UpdateRule | None) -> bool:
+    """Whether a rule is one of this package."""
+    return type(rule).__module__.startswith(UpdateRule.__module__.rpartition(".")[0])
 
 
 def _batch_activations(request: Request) -> int:

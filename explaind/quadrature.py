@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -54,6 +55,7 @@ def midpoint(num_nodes: int = 1) -> FixedRule:
     return FixedRule(f"midpoint({num_nodes})", tuple(nodes.tolist()), (1 / num_nodes,) * num_nodes)
 
 
+@cache
 def gauss_legendre(num_nodes: int = 3) -> FixedRule:
     """Gauss–Legendre rule: exact for polynomials of degree 2n − 1; error O(h^2n) on smooth paths.
 

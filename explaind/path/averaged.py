@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from explaind.averages import Average
+from explaind.errors import VerificationError
+from explaind.parameters import ParameterTable
 from explaind.path.slices import dot
 from explaind.path.step import Step
 from explaind.recording.fixed import fixed_tensors
@@ -29,6 +31,8 @@ __all__ = ["Adjoint", "AveragedWeights", "ExplainedPath", "LastWeights", "explai
 
 _LARGEST_ROUNDING = 1e-3
 """A model that differs from its average by more than this part of the weights was averaged otherwise."""
+_LARGEST_LOSS, _LOST_UNITS = 1e-3, 1024
+"""Rounding of average gradients: of their products with the update, and units of the product of the norms."""
 
 
 @dataclass(frozen=True)
@@ -38,17 +42,33 @@ class Adjoint:
     vectors: Tensor
     """`[query, element]`"""
     products: Tensor
-    """⟨λ_s, Δ_s⟩ by parameter, float64 `[query, parameter]`."""
+    """⟨λ_s, Δ_s⟩ by parameter before λ_s was rounded to its type, float64 `[query, parameter]`."""
 
     @classmethod
     def of(cls, vectors: Tensor, step: Step) -> Adjoint:
-        """With its products."""
+        """With its own products."""
         return cls(vectors, dot(vectors, step.update, [[parameter.slice] for parameter in step.table]))
 
-    @property
-    def change(self) -> Tensor:
-        """⟨λ_s, Δ_s⟩, `[query]`."""
-        return self.products.sum(dim=1)
+    def rounding(self, move: Tensor, table: ParameterTable) -> Tensor:
+        """What the vectors have lost of their products when they were rounded to their type, `[query, parameter]`.
+
+        Args:
+            move: what they are multiplied with, `[element]`.
+            table: the parameters.
+
+        Raises:
+            VerificationError: it is more than rounding may take.
+        """
+        lost = self.products - dot(self.vectors, move, [[parameter.slice] for parameter in table])
+        unit = _LOST_UNITS * torch.finfo(self.vectors.dtype).eps
+        size = self.vectors.norm(dim=1) * move.norm()
+        missing, limit = lost.abs().sum(dim=1), _LARGEST_LOSS * self.products.abs().sum(dim=1) + unit * size
+        if not bool((missing <= limit).all()):
+            raise VerificationError(
+                f"average gradients have lost {float((missing / limit).max()):.0e} times what rounding may take when "
+                "they were put together."
+            )
+        return lost
 
 
 class ExplainedPath(Protocol):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ class QueryInputs:
         self._function, self._template = query_call(run, query)
         self._tensors = {name: tensor.to(device) for name, tensor in query.arguments.items()}
         self._fixed = {dtype: cast(fixed, dtype, device) for dtype in dtypes}
+        self._is_ready = False
         self.number = query.num_inputs
         """How many there are."""
         if isinstance(query.output, Output):
@@ -68,6 +69,19 @@ class QueryInputs:
         if self.by_row:
             part._targets = self._targets[rows]
         return part
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Set the model up once for all that is evaluated in the block; else it is for every evaluation."""
+        if self._is_ready:
+            yield
+            return
+        with modes(self._run.model, False), vectorizable(self._run.model):
+            self._is_ready = True
+            try:
+                yield
+            finally:
+                self._is_ready = False
 
     def leaves(self, params: Tensor) -> dict[str, Tensor]:
         """Flat parameters by name, to be differentiated by."""
@@ -93,7 +107,7 @@ class QueryInputs:
                 output = self._function(*args, **kwargs)
                 return self._scalars_of(output, targets)
 
-        with modes(self._run.model, False), vectorizable(self._run.model):
+        with self.ready():
             scalars = self._evaluate(tensors, inputs, function)
         if not isinstance(scalars, Tensor) or scalars.ndim != 1:
             shape = tuple(scalars.shape) if isinstance(scalars, Tensor) else type(scalars).__name__
@@ -148,7 +162,7 @@ class QueryInputs:
         chosen = self._chosen(rows, next(iter(wanted.values())).dtype)
         single = {name: tensor.unsqueeze(1) for name, tensor in chosen.items()}
         params = {name: tensor.detach() for name, tensor in wanted.items()}
-        with modes(self._run.model, False), vectorizable(self._run.model):
+        with self.ready():
             found: dict[str, Tensor] = vmap(grad(scalar), in_dims=(None, 0, 0))(
                 params, single, self._targets[rows].unsqueeze(1)
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -139,6 +139,10 @@ class QueryFunction:
         part._kink_bytes = self._kink_bytes * len(rows) // len(self._every)
         part.names, part._kinks = self.names[queries], self._kinks.anew(part.remembered_bytes)
         return part
+
+    def ready(self) -> AbstractContextManager[None]:
+        """See `explaind.path.inputs.QueryInputs.ready`."""
+        return self._inputs.ready()
 
     def at(self, params: Tensor) -> Tensor:
         """q(θ) of all queries, float64 `[query]`."""

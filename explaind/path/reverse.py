@@ -74,8 +74,10 @@ class ReverseSweep:
         # What belongs to no layer that was asked for has a column of its own, the last.
         layers = [layer_of(parameter, slices) for parameter in run.table]
         self._columns = torch.tensor([len(slices) if layer is None else layer for layer in layers])
-        self._carried = self._r = self._psi = self._seen = self._intake = torch.empty(0)
+        self._r = self._psi = self._seen = self._intake = self._retain = torch.empty(0)
         self._gradient_gain: Tensor | None = None
+        self._ahead: Tensor | None = None
+        """p_s ⊙ φ'_s of the step that was fed in last, if it is not zero."""
         self._has_psi = True
         self._held: Tensor | None = None
         """⟨C_{s+1}, m_s⟩ of the step that was fed in last, `[query, column]`."""
@@ -84,7 +86,8 @@ class ReverseSweep:
         """Pass a step whose terms are not asked for; returns their sum `[query]`."""
         self._advance(step, adjoint.vectors)
         (held,) = sums = self._no_sums(1, adjoint.vectors)
-        self._add_products(sums, self._carried, {0: step.buffer_before})
+        self._add_products(sums, self._r, _times(step.filter.retain, {0: step.buffer_before}))
+        self._add_products(sums, self._seen, _times(step.filter.previous_gain, {0: step.buffer_before}))
         return self._together(adjoint, held).sum(dim=1)
 
     def terms(self, step: Step, adjoint: Adjoint) -> StepTerms:
@@ -95,7 +98,7 @@ class ReverseSweep:
         sums, together = products[:_HELD], self._together(adjoint, products[_HELD])
         omitted = together[:, -1]
         lost = together - sums.sum(dim=0)
-        self._check_arithmetic(step, adjoint.vectors, lost, sums.abs().sum(dim=(0, 2)))
+        self._check_arithmetic(step, adjoint, lost, sums.abs().sum(dim=(0, 2)))
         decay, other, rounding, from_examples = (part[:, :-1] for part in sums)
         rounding = rounding + lost[:, :-1]
         contribution = from_examples[:, None, None]
@@ -133,19 +136,20 @@ class ReverseSweep:
         return self._psi
 
     def _advance(self, step: Step, phi: Tensor) -> None:
-        """Find r_s and C_s."""
+        """Find r_s, in the place of r_{s+1}."""
         f = step.filter
-        if self._carried.shape != phi.shape:
-            self._carried, self._r = torch.zeros_like(phi), torch.empty_like(phi)
+        if self._r.shape == phi.shape:
+            carried = self._r.mul_(self._retain)
+            self._r = carried if self._ahead is None else carried.add_(self._ahead)
+        else:
+            self._r = torch.zeros_like(phi)
         self._seen, self._columns = f.adjoint(phi), self._columns.to(phi.device)
-        gain, retain, self._intake = (x.to(phi.dtype) for x in (f.buffer_gain, f.retain, f.intake))
+        gain, self._retain, self._intake = (x.to(phi.dtype) for x in (f.buffer_gain, f.retain, f.intake))
         previous_gain, self._gradient_gain = (
             x.to(phi.dtype) if bool(x.any()) else None for x in (f.previous_gain, f.gradient_gain)
         )
-        torch.addcmul(self._carried, self._seen, gain, out=self._r)
-        torch.mul(self._r, retain, out=self._carried)
-        if previous_gain is not None:
-            self._carried.addcmul_(self._seen, previous_gain)
+        self._r.addcmul_(self._seen, gain)
+        self._ahead = None if previous_gain is None else self._seen * previous_gain
         self._has_psi = False
 
     def _sums(self, step: Step, phi: Tensor) -> Tensor:
@@ -197,27 +201,30 @@ class ReverseSweep:
         self._held = held
         return total
 
-    def _check_arithmetic(self, step: Step, phi: Tensor, lost: Tensor, size: Tensor) -> None:
-        """The terms of a step must sum to what it did, up to the rounding of their own arithmetic.
+    def _check_arithmetic(self, step: Step, adjoint: Adjoint, lost: Tensor, size: Tensor) -> None:
+        """The terms of a step must sum to what it did, up to the rounding of φ_s and of their own arithmetic.
 
         Args:
             step: the step.
-            phi: φ_s, `[query, element]`.
-            lost: what they miss of it, `[query, layer]`.
+            adjoint: φ_s.
+            lost: what they miss of it, float64 `[query, column]`.
             size: sum of their absolute values, `[query]`.
 
         Raises:
             VerificationError: they do not.
         """
-        unit = _ARITHMETIC_UNITS * torch.finfo(phi.dtype).eps
-        missing = lost.abs().sum(dim=1)
-        if bool((missing <= unit * size).all()):
+        unit = _ARITHMETIC_UNITS * torch.finfo(adjoint.vectors.dtype).eps
+        unclear = (~(lost.abs().sum(dim=1) <= unit * size)).nonzero()[:, 0]
+        if not len(unclear):
             return
-        on_r = step.buffer_after.norm() + (step.filter.intake * step.gradient).norm()
-        on_phi = step.update.norm() + (step.filter.buffer_gain * step.buffer_after).norm()
-        on_phi += (step.filter.gradient_gain * step.gradient).norm()
-        pairs = ((phi, on_phi), (self._r, on_r), (self._carried, step.buffer_before.norm()))
-        size = size + sum(vectors.norm(dim=1) * norm for vectors, norm in pairs)
+        adjoint = Adjoint(adjoint.vectors[unclear], adjoint.products[unclear])
+        of_phi = adjoint.rounding(step.update, self._run.table)
+        missing = lost[unclear].index_add_(1, self._columns, of_phi, alpha=-1).abs().sum(dim=1)
+        f, before, after, gradient = step.filter, step.buffer_before, step.buffer_after, step.gradient
+        on_r = sum(vector.norm() for vector in (after, f.intake * gradient, f.retain * before))
+        gained = (f.buffer_gain * after, f.previous_gain * before, f.gradient_gain * gradient)
+        on_phi = sum(vector.norm() for vector in (step.update, *gained))
+        size = size[unclear] + adjoint.vectors.norm(dim=1) * on_phi + self._r.norm(dim=1)[unclear] * on_r
         if not bool((missing <= unit * size).all()):
             raise VerificationError(
                 f"the terms of step {step.index} miss what it did by {float((missing / size).max()):.1e} of their "

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from explaind.errors import VerificationError
 from explaind.path.averaged import Adjoint, ExplainedPath
 from explaind.path.elements import split_by_element, undivided_by_element
 from explaind.path.factored import FactorProducts
@@ -21,16 +20,13 @@ from explaind.path.products import ExampleGradients, ExampleProducts
 from explaind.path.queries import QueryFunction
 from explaind.path.reading import read_ahead
 from explaind.path.reverse import ReverseSweep
-from explaind.path.slices import dot, layer_of, product
+from explaind.path.slices import layer_of, product
 from explaind.path.sources import Sources
 from explaind.path.step import Step, StepTerms
 from explaind.quadrature import Quadrature
 from explaind.run import Run
 
 __all__ = ["Sweep", "step_tolerances"]
-
-_LARGEST_LOSS, _LOST_UNITS = 1e-3, 1024
-"""Rounding of average gradients: of their products with the update, and units of the product of the norms."""
 
 _Entry = TypeVar("_Entry")
 
@@ -147,7 +143,7 @@ class Sweep:
         ):
             index = step.index
             if index in self._wanted:
-                adjoint = held.pop(index) if self._path.averaged else self._adjoint(step)
+                adjoint = held.pop(index) if self._path.averaged else self._as_rounded(step, self._adjoint(step))
                 terms = sweep.terms(step, adjoint)
                 self.omitted += terms.omitted
                 yield index, self._with_rounding(index, terms)
@@ -179,9 +175,9 @@ class Sweep:
         needed = range(min(self._wanted), self._run.num_steps) if self._path.averaged else self._wanted
         for step, adjoint in self._backward(needed):
             if step.index in self._wanted:
-                yield step, adjoint
+                yield step, adjoint if self._path.averaged else self._as_rounded(step, adjoint)
             else:
-                self.omitted += adjoint.change
+                self.omitted += adjoint.products.sum(dim=1)
 
     def _backward(self, needed: Collection[int]) -> Iterator[tuple[Step, Adjoint]]:
         """The needed steps from the last to the first, with λ_s."""
@@ -204,50 +200,46 @@ class Sweep:
 
     def _adjoint(self, step: Step) -> Adjoint:
         """λ_s; of weights that are not averaged, φ_s."""
-        phi, products = self._integrate(step)
-        vectors = self._path.adjoint(step.index, phi)
-        return Adjoint(phi, products) if vectors is phi else Adjoint.of(vectors, step)
+        integral, move = self._integrate(step)
+        adjoint = Adjoint(integral.gradient, integral.products)
+        vectors = self._path.adjoint(step.index, adjoint.vectors)
+        if vectors is adjoint.vectors:
+            return adjoint
+        self._account_for_rounding(step.index, adjoint.rounding(move, self._run.table))
+        return Adjoint.of(vectors, step)
 
-    def _integrate(self, step: Step) -> tuple[Tensor, Tensor]:
-        """φ_s, `[query, element]`, and its products with the segment by parameter, `[query, parameter]`."""
+    def _as_rounded(self, step: Step, adjoint: Adjoint) -> Adjoint:
+        """φ_s with the products that it still has after it was rounded; the rest is accounted for."""
+        lost = adjoint.rounding(step.update, self._run.table)
+        self._account_for_rounding(step.index, lost)
+        return Adjoint(adjoint.vectors, adjoint.products - lost)
+
+    def _integrate(self, step: Step) -> tuple[StepIntegral, Tensor]:
+        """The integral over a step's segment, and the segment, `[element]`."""
         s = step.index
         start, move = self._path.segment(step)
         if not self._path.moves(s):
-            nothing = torch.zeros_like(self.path_length)
-            self.integrals[s] = StepIntegral(start.new_empty(0), nothing[:, None], nothing, nothing.to(torch.int64))
-            return start.new_zeros(len(nothing), len(start)), start.new_zeros(len(nothing), len(self._run.table))
-        integral = integrate(
-            self._function,
-            start,
-            move,
-            change=(self.values[:, s], self.values[:, s + 1]),
-            tolerance=self._tolerance[:, s],
-            quadrature=self._rule,
-            out=self._phi,
-        )
-        self._phi = integral.gradient
-        products = dot(integral.gradient, move, [[parameter.slice] for parameter in self._run.table])
-        self._account_for_rounding(s, integral, move, integral.products - products)
-        self.integrals[s] = replace(integral, gradient=integral.gradient.new_empty(0))
-        return integral.gradient, products
-
-    def _account_for_rounding(self, step: int, integral: StepIntegral, move: Tensor, lost: Tensor) -> None:
-        """The residual is that of the gradients as they were found; what they lost when put together is rounding.
-
-        Args:
-            step: the step.
-            integral: over its segment.
-            move: the segment, `[element]`.
-            lost: what the gradients' products with it lost, `[query, parameter]`.
-        """
-        unit = _LOST_UNITS * torch.finfo(integral.gradient.dtype).eps
-        size = integral.gradient.norm(dim=1) * move.norm()
-        missing, limit = lost.abs().sum(dim=1), _LARGEST_LOSS * integral.products.abs().sum(dim=1) + unit * size
-        if not bool((missing <= limit).all()):
-            raise VerificationError(
-                f"the average gradients of step {step} have lost {float((missing / limit).max()):.0e} times what "
-                "rounding may take when they were put together."
+            nothing = start.new_zeros(len(self.path_length))
+            spent = nothing.to(torch.int64)
+            self.integrals[s] = StepIntegral(start.new_empty(0), nothing[:, None], nothing, spent)
+            phi, products = (start.new_zeros(len(nothing), length) for length in (len(start), len(self._run.table)))
+            return replace(self.integrals[s], gradient=phi, products=products), move
+        with self._function.ready():
+            integral = integrate(
+                self._function,
+                start,
+                move,
+                change=(self.values[:, s], self.values[:, s + 1]),
+                tolerance=self._tolerance[:, s],
+                quadrature=self._rule,
+                out=self._phi,
             )
+        self._phi = integral.gradient
+        self.integrals[s] = replace(integral, gradient=integral.gradient.new_empty(0))
+        return integral, move
+
+    def _account_for_rounding(self, step: int, lost: Tensor) -> None:
+        """What average gradients lost of their products with a step's segment, `[query, parameter]`, is rounding."""
         if step in self._wanted:
             self._rounded[step], rest = self._by_layer(lost)
             self.omitted += rest

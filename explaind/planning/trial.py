@@ -67,15 +67,15 @@ class Trial:
         for index, change, tolerance in zip(sampled, changes, tolerances.T, strict=True):
             with self._meter.timed(INTEGRAL):
                 integral = self._integrate(index, change, tolerance)
-            phi = self._path.adjoint(index, integral.gradient)
             with self._meter.timed(REPLAYS):
                 self._replay(index)
             with self._meter.timed(TERMS):
-                self._terms(index, phi)
+                adjoint = self._adjoint(index, integral)
+                self._terms(index, adjoint)
             integrals.append(replace(integral, gradient=integral.gradient.new_empty(0)))
         if self._skips:
             with self._meter.timed(SKIPPED):
-                self._skip(index, phi)
+                self._skip(index, adjoint)
         self._count(index, change, tolerance)
         nodes = torch.stack([each.num_nodes.sum() for each in integrals]).to(torch.float64)
         self._meter.operations[INTEGRAL] *= float(nodes.mean() / nodes[-1].clamp_min(1))
@@ -102,14 +102,14 @@ class Trial:
             self._function.at(self._path.segment(self._step(index))[0])
         with self._meter.counted(INTEGRAL):
             integral = self._integrate(index, change, tolerance)
-        phi = self._path.adjoint(index, integral.gradient)
         with self._meter.counted(REPLAYS):
             self._replay(index)
         with self._meter.counted(TERMS):
-            self._terms(index, phi)
+            adjoint = self._adjoint(index, integral)
+            self._terms(index, adjoint)
         if self._skips:
             with self._meter.counted(SKIPPED):
-                self._skip(index, phi)
+                self._skip(index, adjoint)
 
     def _step(self, index: int) -> Step:
         rows_dtype = self._request.dtype if isinstance(self._products, FactorProducts) else None
@@ -124,35 +124,41 @@ class Trial:
     def _integrate(self, index: int, change: tuple[Tensor, Tensor], tolerance: Tensor) -> StepIntegral:
         start, move = self._path.segment(self._step(index))
         rule = self._request.rule
-        integral = integrate(
-            self._function, start, move, change=change, tolerance=tolerance, quadrature=rule, out=self._phi
-        )
+        with self._function.ready():
+            integral = integrate(
+                self._function, start, move, change=change, tolerance=tolerance, quadrature=rule, out=self._phi
+            )
         self._phi = integral.gradient
         return integral
+
+    def _adjoint(self, index: int, integral: StepIntegral) -> Adjoint:
+        vectors = self._path.adjoint(index, integral.gradient)
+        if vectors is integral.gradient:
+            return Adjoint(vectors, integral.products)
+        return Adjoint.of(vectors, self._step(index))
 
     def _replay(self, index: int) -> bool:
         """Find out what is in a step's gradient, if nothing is asked of its rows."""
         return self._known and self._step(index).stands_for_examples
 
-    def _terms(self, index: int, phi: Tensor) -> object:
+    def _terms(self, index: int, adjoint: Adjoint) -> object:
         step = self._step(index)
-        adjoint = Adjoint.of(phi, step)
         if self._trusts:
             step.trust()
         if self._known:
             sweep = self._sweep(index)
             terms = sweep.terms(step, adjoint)
             if self._request.elements is not None and isinstance(sweep, ReverseSweep):
-                terms = split_by_element(terms, step, phi, sweep.psi, self._request.elements)
+                terms = split_by_element(terms, step, adjoint.vectors, sweep.psi, self._request.elements)
             by_factors = isinstance(self._products, FactorProducts) and self._request.steps_axis != "update_step"
             self._trusts = by_factors and not self._request.sources.restricted and step.is_the_examples
             self._run.examples_alone = dict(self._known_steps)  # each of them is replayed as if for the first time
             return terms
-        return adjoint
+        return adjoint.rounding(step.update, self._run.table)
 
-    def _skip(self, index: int, phi: Tensor) -> object:
+    def _skip(self, index: int, adjoint: Adjoint) -> object:
         sweep, step = self._sweep(index), self._step(index)
-        return sweep.advance(step) if isinstance(sweep, ForwardSweep) else sweep.skip(step, Adjoint.of(phi, step))
+        return sweep.advance(step) if isinstance(sweep, ForwardSweep) else sweep.skip(step, adjoint)
 
     def _sweep(self, index: int) -> ForwardSweep | ReverseSweep:
         request = self._request
