@@ -49,14 +49,23 @@ class Convolved(Rows):
 
     def add_to(self, total: Tensor, counts: Tensor) -> None:
         """See `Factors.add_to`."""
-        if self.groups > 1 or not in_place_pays(total, self.deltas):
+        if self.groups > 1 or not (in_place_pays(total, self.deltas) or self._adds_one_by_one(total)):
             super().add_to(total, counts)
             return
         matrices = total.unflatten(1, (self.shape[0], -1))
         images, deltas = self.inputs.flatten(end_dim=1), self.deltas.flatten(end_dim=1).flatten(start_dim=2)
-        query = torch.arange(len(counts), device=counts.device).repeat_interleave(counts * self.inputs.shape[1])
-        size = max(1, _PATCH_BYTES // (matrices[0, 0].nbytes * deltas.shape[2]))
-        for some in torch.arange(len(images), device=images.device).split(size):
+        every = counts * self.inputs.shape[1]
+        query = torch.arange(len(counts), device=counts.device).repeat_interleave(every)
+        size, later = (
+            max(1, _PATCH_BYTES // (matrices[0, 0].nbytes * deltas.shape[2])),
+            torch.ones_like(query, dtype=torch.bool),
+        )
+        if bool((every > 0).all()):  # then the first image of each, all in one call
+            first = every.cumsum(0) - every
+            later[first] = False
+            for some, own in zip(first.split(size), matrices.split(size), strict=True):
+                own.baddbmm_(deltas[some], self._patches(images[some]).transpose(1, 2))
+        for some in later.nonzero()[:, 0].split(size):
             patches = self._patches(images[some])
             for place, delta, patch in zip(query[some].tolist(), deltas[some], patches, strict=True):
                 matrices[place].addmm_(delta, patch.T)
