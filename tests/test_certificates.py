@@ -12,6 +12,7 @@ from torch.optim import SGD, AdamW
 import explaind
 from explaind import quadrature
 from explaind.errors import ClosureError, UnattributedWarning, VerificationError
+from explaind.path.queries import QueryFunction
 from tests.cases import BY_NAME, CASES, one_group, query, record
 from tests.traced import FEATURES, LABELS, recorded, step_on
 
@@ -53,6 +54,32 @@ def test_a_float32_run_closes_in_float64(name, tmp_path):
     np.testing.assert_allclose(single.dataset.contribution, result.dataset.contribution, rtol=1e-3, atol=1e-6)
     assert np.abs(result.dataset.other).max() == 0
     assert 0 < float(np.abs(result.dataset.rounding).sum()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"by": ("query", "step", "layer")},
+        {"by": ("query", "example", "step"), "steps": [0]},
+        {"by": ("query", "step"), "steps": [0]},
+        {"by": ("query", "step", "element")},
+        {"by": ("query", "update_step", "layer")},
+        {"by": ("query", "step"), "average": explaind.averages.ema(0.5)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["sgd-nesterov", "adamw-schedule"])
+def test_an_average_gradient_that_is_not_what_was_measured_is_refused(name, arguments, tmp_path, monkeypatch):
+    run, _ = record(BY_NAME[name], tmp_path / "run.zarr", dtype=torch.float32)
+    gathered, made = QueryFunction.gathered, []
+
+    def wrong(self, parts, total):
+        made.append(gathered(self, parts, total))
+        return made[-1].mul_(1.02) if len(made) == 2 else made[-1]
+
+    monkeypatch.setattr(QueryFunction, "gathered", wrong)
+    with pytest.raises(VerificationError, match=r"the average gradients of step \d+ have lost \d"):
+        run.attribute(query(torch.float32), **arguments)
 
 
 def regression(path, change_gradient, *, penalty=0.0, make=linear):

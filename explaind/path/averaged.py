@@ -21,7 +21,6 @@ from torch.optim.swa_utils import AveragedModel
 
 from explaind.averages import Average
 from explaind.errors import VerificationError
-from explaind.parameters import ParameterTable
 from explaind.path.slices import dot
 from explaind.path.step import Step
 from explaind.recording.fixed import fixed_tensors
@@ -42,31 +41,35 @@ class Adjoint:
     vectors: Tensor
     """`[query, element]`"""
     products: Tensor
-    """⟨λ_s, Δ_s⟩ by parameter before λ_s was rounded to its type, float64 `[query, parameter]`."""
+    """⟨λ_s, Δ_s⟩ by parameter, float64 `[query, parameter]`; if λ_s is φ_s, as the integral found them, before its
+    gradients were put together."""
 
     @classmethod
     def of(cls, vectors: Tensor, step: Step) -> Adjoint:
-        """With its own products."""
+        """With the vectors' own products."""
         return cls(vectors, dot(vectors, step.update, [[parameter.slice] for parameter in step.table]))
 
-    def rounding(self, move: Tensor, table: ParameterTable) -> Tensor:
-        """What the vectors have lost of their products when they were rounded to their type, `[query, parameter]`.
+    def rounding(self, step: Step, move: Tensor) -> Tensor:
+        """What the vectors' own products miss of these, as they were rounded when they were put together.
 
         Args:
+            step: the step.
             move: what they are multiplied with, `[element]`.
-            table: the parameters.
+
+        Returns:
+            By parameter, float64 `[query, parameter]`.
 
         Raises:
             VerificationError: it is more than rounding may take.
         """
-        lost = self.products - dot(self.vectors, move, [[parameter.slice] for parameter in table])
+        lost = self.products - dot(self.vectors, move, [[parameter.slice] for parameter in step.table])
         unit = _LOST_UNITS * torch.finfo(self.vectors.dtype).eps
         size = self.vectors.norm(dim=1) * move.norm()
         missing, limit = lost.abs().sum(dim=1), _LARGEST_LOSS * self.products.abs().sum(dim=1) + unit * size
         if not bool((missing <= limit).all()):
             raise VerificationError(
-                f"average gradients have lost {float((missing / limit).max()):.0e} times what rounding may take when "
-                "they were put together."
+                f"the average gradients of step {step.index} have lost {float((missing / limit).max()):.0e} times what "
+                "rounding may take when they were put together."
             )
         return lost
 

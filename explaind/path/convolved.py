@@ -49,7 +49,7 @@ class Convolved(Rows):
 
     def add_to(self, total: Tensor, counts: Tensor) -> None:
         """See `Factors.add_to`."""
-        if self.groups > 1 or not (in_place_pays(total, self.deltas) or self._adds_one_by_one(total)):
+        if self.groups > 1 or not in_place_pays(total, self.deltas):
             super().add_to(total, counts)
             return
         matrices = total.unflatten(1, (self.shape[0], -1))

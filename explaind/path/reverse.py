@@ -8,9 +8,9 @@ Memory is queries × D, whatever the number of examples and steps. With m_s the 
 to
     ⟨φ_s, Δ_s⟩ + ⟨C_s, m_{s−1}⟩ − ⟨C_{s+1}, m_s⟩,
 whose last two parts cancel between the steps, whatever they are rounded to, as the same number is taken twice: what
-that loses is in the rounding of one step, and with the other sign in that of the next. The first part is known in
-float64 (`path.averaged.Adjoint`). What the arithmetic of the terms has lost of that sum is rounding, and must be no
-more than that.
+that loses is in the rounding of one step, and with the other sign in that of the next. The first part is what the
+path integral measured (`path.averaged.Adjoint`). What the terms miss of that sum was lost when φ_s was put together,
+and in their own arithmetic: it is rounding, and must be no more than that.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _DECAY, _OTHER, _ROUNDING, _EXAMPLES, _HELD = range(5)
 
 
 class ReverseSweep:
-    """Carries C from step to step; feed it the steps from last to first.
+    """Carries r from step to step, which tells C; feed it the steps from last to first.
 
     Args:
         run: the run.
@@ -83,7 +83,12 @@ class ReverseSweep:
         """⟨C_{s+1}, m_s⟩ of the step that was fed in last, `[query, column]`."""
 
     def skip(self, step: Step, adjoint: Adjoint) -> Tensor:
-        """Pass a step whose terms are not asked for; returns their sum `[query]`."""
+        """Pass a step whose terms are not asked for; returns their sum `[query]`.
+
+        Raises:
+            VerificationError: φ_s, which earlier steps' terms are made of, is not what the integral measured.
+        """
+        adjoint.rounding(step, step.update)
         self._advance(step, adjoint.vectors)
         (held,) = sums = self._no_sums(1, adjoint.vectors)
         self._add_products(sums, self._r, _times(step.filter.retain, {0: step.buffer_before}))
@@ -214,12 +219,14 @@ class ReverseSweep:
             VerificationError: they do not.
         """
         unit = _ARITHMETIC_UNITS * torch.finfo(adjoint.vectors.dtype).eps
-        unclear = (~(lost.abs().sum(dim=1) <= unit * size)).nonzero()[:, 0]
-        if not len(unclear):
+        is_unclear = ~(lost.abs().sum(dim=1) <= unit * size)
+        if not bool(is_unclear.any()):
             return
+        # A few vectors are copied, not most of them.
+        unclear: Tensor | slice = slice(None) if 2 * int(is_unclear.sum()) > len(lost) else is_unclear
         adjoint = Adjoint(adjoint.vectors[unclear], adjoint.products[unclear])
-        of_phi = adjoint.rounding(step.update, self._run.table)
-        missing = lost[unclear].index_add_(1, self._columns, of_phi, alpha=-1).abs().sum(dim=1)
+        of_phi = adjoint.rounding(step, step.update)
+        missing = lost[unclear].index_add(1, self._columns, of_phi, alpha=-1).abs().sum(dim=1)
         f, before, after, gradient = step.filter, step.buffer_before, step.buffer_after, step.gradient
         on_r = sum(vector.norm() for vector in (after, f.intake * gradient, f.retain * before))
         gained = (f.buffer_gain * after, f.previous_gain * before, f.gradient_gain * gradient)

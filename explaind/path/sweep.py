@@ -88,7 +88,8 @@ class Sweep:
         layers = [layer_of(parameter, slices) for parameter in run.table]
         self._columns = [len(slices) if layer is None else layer for layer in layers]
         self._rounded: dict[int, Tensor] = {}
-        """What the average gradients of wanted steps lost when they were rounded to their type, `[query, layer]`."""
+        """What average gradients of wanted steps lost when they were put together, where the filter's sweep does not
+        find that out, `[query, layer]`."""
         self.omitted = torch.zeros(function.num_queries, dtype=torch.float64, device=device)
         """What restrictions left out, `[query]`."""
         self._phi: Tensor | None = None
@@ -205,12 +206,12 @@ class Sweep:
         vectors = self._path.adjoint(step.index, adjoint.vectors)
         if vectors is adjoint.vectors:
             return adjoint
-        self._account_for_rounding(step.index, adjoint.rounding(move, self._run.table))
+        self._account_for_rounding(step.index, adjoint.rounding(step, move))
         return Adjoint.of(vectors, step)
 
     def _as_rounded(self, step: Step, adjoint: Adjoint) -> Adjoint:
         """φ_s with the products that it still has after it was rounded; the rest is accounted for."""
-        lost = adjoint.rounding(step.update, self._run.table)
+        lost = adjoint.rounding(step, step.update)
         self._account_for_rounding(step.index, lost)
         return Adjoint(adjoint.vectors, adjoint.products - lost)
 

@@ -132,10 +132,12 @@ class Trial:
         return integral
 
     def _adjoint(self, index: int, integral: StepIntegral) -> Adjoint:
-        vectors = self._path.adjoint(index, integral.gradient)
-        if vectors is integral.gradient:
-            return Adjoint(vectors, integral.products)
-        return Adjoint.of(vectors, self._step(index))
+        """As a sweep makes it, with all that is checked of it."""
+        step, adjoint = self._step(index), Adjoint(integral.gradient, integral.products)
+        if self._path.averaged or not self._known or self._request.steps_axis == "update_step":
+            adjoint.rounding(step, self._path.segment(step)[1])
+        vectors = self._path.adjoint(index, adjoint.vectors)
+        return adjoint if vectors is adjoint.vectors else Adjoint.of(vectors, step)
 
     def _replay(self, index: int) -> bool:
         """Find out what is in a step's gradient, if nothing is asked of its rows."""
@@ -154,7 +156,7 @@ class Trial:
             self._trusts = by_factors and not self._request.sources.restricted and step.is_the_examples
             self._run.examples_alone = dict(self._known_steps)  # each of them is replayed as if for the first time
             return terms
-        return adjoint.rounding(step.update, self._run.table)
+        return adjoint
 
     def _skip(self, index: int, adjoint: Adjoint) -> object:
         sweep, step = self._sweep(index), self._step(index)
