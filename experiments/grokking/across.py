@@ -10,6 +10,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -35,14 +36,16 @@ __all__ = ["across", "by_layer", "follow", "main", "run_row"]
 TOLERANCE = 1e-2
 """Wanted quadrature error, as a part of each query's path length; shares of layers need no more."""
 
-PAIRS_PER_CLASS = 3
-"""At most so many validation pairs for each answer, on average: the cost grows with them."""
+CLASSES, PAIRS_PER_CLASS = 31, 3
+"""At most so many answers, evenly spaced, and validation pairs for each, on average: the cost grows with them."""
 
 
 def by_layer(recipe: Recipe, store: Path) -> explaind.Attribution:
     """Mean log-probability of the right answer per validation class, by step and layer group."""
-    split, num = recipe.make_split(), PAIRS_PER_CLASS * len(recipe.task.cycle)
-    tokens, labels = split.validation_tokens[:num], split.validation_labels[:num]
+    split, cycle = recipe.make_split(), torch.tensor(recipe.task.cycle)
+    spaced = torch.linspace(0, len(cycle) - 1, min(CLASSES, len(cycle))).round().to(torch.int64)
+    chosen = torch.isin(split.validation_labels, cycle[spaced]).nonzero()[: PAIRS_PER_CLASS * len(spaced), 0]
+    tokens, labels = split.validation_tokens[chosen], split.validation_labels[chosen]
     query = explaind.Query(tokens, output=explaind.outputs.log_prob(labels)).mean(by_class=labels)
     return open_study(recipe, store).attribute(query, by=("query", "step", "layer"), tolerance=TOLERANCE)
 
