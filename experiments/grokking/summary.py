@@ -78,7 +78,7 @@ def _found(runs: pd.DataFrame, points: pd.DataFrame, stability: pd.DataFrame) ->
             str(row["architecture"]),
             str(row["seeds"]),
             "–".join(dict.fromkeys((str(row["fewest"]), str(row["most"])))),
-            f"{row['recurring']} of {row['points']}",
+            f"{row['recurring']} of {row['points']}" if row["seeds"] > 1 else "–",
             *("–" if pd.isna(row[name]) else f"{row[name]:.3f}" for name in ("recurrence", "by_chance", "p_value")),
             *(f"{row[f'holds_{name}']} of {row['seeds']}" for name in BOUNDARIES),
             f"**{row['verdict']}**",

@@ -34,10 +34,11 @@ def layer_shares(layers: pd.DataFrame) -> Figure:
             means = part.groupby("layer")["mean_share"].mean().reindex(names)
             axes.plot(np.arange(len(names)) + offset, means, marker=marker, markersize=7, label=phase, **style)
         axes.set_xticks(range(len(names)), names, rotation=60, ha="right")
-        axes.set_title(f"{task}, {architecture}\n{panel['seed'].nunique()} seeds", fontsize="medium")
+        runs = panel["seed"].nunique()
+        axes.set_title(f"{task}, {architecture}\n{runs} seed{'s' if runs > 1 else ''}", fontsize="medium")
         axes.grid(axis="y", alpha=0.3)
     grid[0, 0].set_ylim(0, 1.05 * layers["mean_share"].max())
     grid[0, 0].set_ylabel("share of a step's Σ |contribution|,\nmean over the phase")
-    grid[0, -1].legend(fontsize="small", loc="upper left")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     figure.suptitle("Through which layers the training examples act")
     return figure
