@@ -233,7 +233,8 @@ class Run(Record):
         Cost:
             Per step a few forward and backward passes of the queries' inputs, and with the example axis one forward
             pass of the batch, two backward passes, and a product for each query, example and weight; `run.plan` counts
-            them. Memory: three or four vectors of the parameters' size for each query, and the activations of one step.
+            them. Memory: three vectors of the parameters' size for each query, four with the example axis, and the
+            activations of one step.
         """
         from explaind.decomposition import attribute
         from explaind.request import check_request

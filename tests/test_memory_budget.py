@@ -9,6 +9,8 @@ from torch.optim import AdamW
 import explaind
 from explaind import decomposition, memory
 from explaind.errors import ResultTooLargeError
+from explaind.optimizers import RULES
+from explaind.optimizers.adam import AdamRule
 from explaind.path import queries
 from explaind.path.sweep import Sweep
 from explaind.request import check_request
@@ -141,6 +143,17 @@ def measured(path, num_queries, budget):
     above, result = peak_memory(lambda: run.attribute(asked, by=BY, quadrature=RULE, memory=budget))
     at_once = needed.most_queries(check_request(run, asked, by=BY, memory=budget).memory, num_queries)
     return above - result.dataset.nbytes, needed.peak(at_once), at_once
+
+
+def test_what_a_registered_rule_may_keep_is_counted(tmp_path, monkeypatch):
+    recorded(tmp_path / "run.zarr", 2, network())
+    asked = explaind.Query(torch.randn(3, 64), output=explaind.outputs.logit([0] * 3))
+    sizes = []
+    for rule in (AdamRule, type("OwnRule", (AdamRule,), {"__module__": __name__})):
+        monkeypatch.setitem(RULES, "torch.optim.adamw.AdamW", rule(decoupled=True))
+        run = explaind.open_run(tmp_path / "run.zarr", model=network())
+        sizes.append(budget_for(run, asked, 3, by=("query", "step", "layer")))
+    assert sizes[1] - sizes[0] == 3 * 2 * 4 * run.table.num_elements
 
 
 def test_what_is_used_is_what_was_estimated_and_stays_within_the_budget(tmp_path):

@@ -219,24 +219,23 @@ class Sweep:
         """The integral over a step's segment, and the segment, `[element]`."""
         s = step.index
         start, move = self._path.segment(step)
-        if not self._path.moves(s):
+        if self._path.moves(s):
+            with self._function.ready():
+                integral = integrate(
+                    self._function,
+                    start,
+                    move,
+                    change=(self.values[:, s], self.values[:, s + 1]),
+                    tolerance=self._tolerance[:, s],
+                    quadrature=self._rule,
+                    out=self._phi,
+                )
+            self._phi = integral.gradient
+        else:
             nothing = start.new_zeros(len(self.path_length))
-            spent = nothing.to(torch.int64)
-            self.integrals[s] = StepIntegral(start.new_empty(0), nothing[:, None], nothing, spent)
-            phi, products = (start.new_zeros(len(nothing), length) for length in (len(start), len(self._run.table)))
-            return replace(self.integrals[s], gradient=phi, products=products), move
-        with self._function.ready():
-            integral = integrate(
-                self._function,
-                start,
-                move,
-                change=(self.values[:, s], self.values[:, s + 1]),
-                tolerance=self._tolerance[:, s],
-                quadrature=self._rule,
-                out=self._phi,
-            )
-        self._phi = integral.gradient
-        self.integrals[s] = replace(integral, gradient=integral.gradient.new_empty(0))
+            phi, products = (nothing.new_zeros(len(nothing), size) for size in (len(start), len(self._run.table)))
+            integral = StepIntegral(phi, products, nothing, nothing.to(torch.int64))
+        self.integrals[s] = replace(integral, gradient=start.new_empty(0))
         return integral, move
 
     def _account_for_rounding(self, step: int, lost: Tensor) -> None:
